@@ -1,0 +1,183 @@
+"""The Plan model: what a plan file says, frozen, with the defaults of every field.
+
+Fields only; what a YAML text needs to become a `Plan` is in `reader`, what must hold between fields is in `checks`.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from steps import Frozen
+
+Number = int | float | str
+"""A number, or a `${{ }}` template that renders to one."""
+
+Status = Literal["success", "failure", "succeeded", "failed", "skipped", "cancelled", "timed_out"]
+"""`success` is `succeeded`; `failure` is `failed` or `timed_out`."""
+
+ParamType = Literal["string", "integer", "number", "boolean", "list", "object"]
+
+DEFAULT_TIMEOUT_S = 7200
+COMMON_BLOCKS = ("command",)
+"""Step types whose own fields stand on the step itself; every other type has a block of its name."""
+
+
+class Param(Frozen):
+    """A value given by whoever runs the plan (`-p name=value`)."""
+
+    type: ParamType = "string"
+    default: Any = None
+    """Without a default the param must be given."""
+    choices: list[Any] = []
+    """Allowed values; empty allows all of the type."""
+    description: str = ""
+
+    @property
+    def required(self) -> bool:
+        """True when no default was written."""
+        return "default" not in self.model_fields_set
+
+
+class Resources(Frozen):
+    """What a step needs from a Ray node. Naming any of them sends the step to Ray."""
+
+    cpus: Number | None = None
+    """CPU cores; fractions are allowed."""
+    gpus: Number | None = None
+    """GPUs; fractions are allowed."""
+    memory: int | str | None = None
+    """Bytes, or a text like `8GiB`."""
+    labels: dict[str, str] = {}
+    """Ray node labels the node must have."""
+    custom: dict[str, Number] = {}
+    """Custom Ray resources and how much of each."""
+
+
+class Retry(Frozen):
+    """When a failed attempt is followed by another."""
+
+    max_attempts: Annotated[int, Field(ge=1, le=1000)] = 1
+    """Attempts in all, the first one included."""
+    backoff_s: Annotated[float, Field(ge=0)] = 1.0
+    """Wait before the second attempt, in seconds; doubled for each further one."""
+    max_backoff_s: Annotated[float, Field(ge=0)] = 60.0
+    """Longest wait between attempts, in seconds."""
+    on: list[int | Literal["infrastructure", "timeout"]] | None = None
+    """Exit codes, `infrastructure`, `timeout`; by default every failure that may pass."""
+
+
+class Cache(Frozen):
+    """A step whose key is unchanged is not run again."""
+
+    inputs: list[str] = []
+    """Files and globs, relative to the plan's folder, whose content is part of the key."""
+    artifacts: list[str] = []
+    """Files the step makes; when one is missing or changed the step runs again."""
+    version: str = ""
+    """Change it to run the step again."""
+
+
+class Condition(Frozen):
+    """When a step runs: one of the forms below. `when: always` is short for `{always: true}`."""
+
+    all: list["Condition"] | None = None
+    any: list["Condition"] | None = None
+    always: Literal[True] | None = None
+    step: str | None = None
+    status: Status | None = None
+    exit_code: int | list[int] | None = None
+    outputs: dict[str, Any] | None = None
+    """Output names and the values they must have."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        return {"always": True} if value == "always" else value
+
+    @model_validator(mode="after")
+    def _one_form(self) -> "Condition":
+        forms = [name for name in ("all", "any", "always", "step") if getattr(self, name) is not None]
+        if len(forms) != 1:
+            raise ValueError(f"got {' and '.join(forms) or 'nothing'}, wanted one of `all`, `any`, `always`, `step`")
+        tests = [name for name in ("status", "exit_code", "outputs") if getattr(self, name) is not None]
+        if forms == ["step"] and not tests:
+            raise ValueError("`step` needs `status`, `exit_code` or `outputs`")
+        if forms != ["step"] and tests:
+            raise ValueError(f"`{tests[0]}` needs `step`")
+        return self
+
+    def steps(self) -> set[str]:
+        """Ids of the steps this condition looks at."""
+        own = {self.step} if self.step is not None else set()
+        return own.union(*(part.steps() for part in [*(self.all or []), *(self.any or [])]))
+
+
+class Defaults(Frozen):
+    """Values for steps that do not set their own."""
+
+    timeout_seconds: Annotated[float, Field(ge=0)] | None = None
+    allow_failure: bool | None = None
+    env: dict[str, str] = {}
+    working_dir: str | None = None
+    resources: Resources | None = None
+    image: str | None = None
+    retry: Retry | None = None
+    cache: bool | Cache | None = None
+    secrets: list[str] | dict[str, str] = []
+
+
+class Step(Frozen):
+    """One step. The fields of its type stand in the block of its name (`download: {...}`), for `command` on the step."""
+
+    id: str
+    """Unique in the plan; names the step's logs."""
+    name: str = ""
+    """For people; the id by default."""
+    type: str
+    """See `orchestrate steps`."""
+    params: dict[str, Any] = {}
+    """The fields of the step type."""
+    depends_on: list[str] = []
+    when: Condition | None = None
+    timeout_seconds: Annotated[float, Field(ge=0)] | None = None
+    """Per attempt; 0 or nothing means 7200."""
+    allow_failure: bool | None = None
+    """The run goes on when this step fails."""
+    env: dict[str, str] = {}
+    working_dir: str | None = None
+    """Relative to the plan's folder, which is also the default."""
+    resources: Resources | None = None
+    image: str | None = None
+    """Container image the step's Ray actor runs in."""
+    retry: Retry | None = None
+    matrix: dict[str, list[Any] | str] | None = None
+    """One instance per combination; a value is a list or a template that renders to one."""
+    max_parallel: Annotated[int, Field(ge=1)] | None = None
+    """Most instances of the matrix at a time."""
+    locks: list[str] = []
+    """No two steps of the run that name the same lock run at the same time."""
+    secrets: list[str] | dict[str, str] = []
+    """Names of secrets put into the environment under their own name, or environment variable -> secret."""
+    outputs: list[str] = []
+    """Names of the outputs this step must write."""
+    cache: bool | Cache | None = None
+
+
+class Plan(Frozen):
+    """A whole plan."""
+
+    name: str = ""
+    """The plan file's name by default."""
+    description: str = ""
+    log_dir: str | None = None
+    """Root of the logs, relative to the plan's folder."""
+    params: dict[str, Param] = {}
+    env: dict[str, str] = {}
+    secrets: list[str] | dict[str, str] = []
+    defaults: Defaults = Defaults()
+    image: str | None = None
+    max_parallel: Annotated[int, Field(ge=1)] | None = None
+    """Most steps at a time."""
+    on_failure: Literal["finish", "cancel"] = "finish"
+    """What happens to running steps when another fails."""
+    steps: Annotated[list[Step], Field(min_length=1)]

@@ -1,0 +1,40 @@
+"""The step author's contract: a step type is a module with `Params` and `run(params, context) -> Outputs`.
+
+    class Params(Frozen):
+        url: str
+
+    def run(params: Params, context: Context) -> Outputs:
+        return {"size": 3}
+
+A built-in type is a file in this folder, found by its name; other packages add theirs by an entry point in the group
+`sygaldry_ray.steps` whose value is the module. Optional names in a module: `Outputs` (a `Frozen` model that declares the
+names of the outputs) and `code_files(params, plan_dir)` (source files whose content is part of the step's cache key).
+Heavy imports (ray, torch, docker, huggingface_hub) belong inside `run`: the schema of every type is read by `--help`.
+"""
+
+from steps._contract import (
+    Context,
+    Frozen,
+    Outputs,
+    PlanPath,
+    Shell,
+    StepCancelled,
+    StepError,
+    StepFailed,
+    StepTimedOut,
+)
+from steps._request import StepRequest, StepResult
+
+__all__ = [
+    "Context",
+    "Frozen",
+    "Outputs",
+    "PlanPath",
+    "Shell",
+    "StepCancelled",
+    "StepError",
+    "StepFailed",
+    "StepRequest",
+    "StepResult",
+    "StepTimedOut",
+]

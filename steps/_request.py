@@ -1,0 +1,67 @@
+"""What crosses into and out of the process that runs a step: one request, one result, both JSON."""
+
+from typing import Any, Literal
+
+from steps._contract import Frozen
+
+Outcome = Literal["succeeded", "failed", "skipped", "cancelled", "timed_out", "not_run"]
+
+
+class StepRequest(Frozen):
+    """One attempt of one step, ready to run: every template is rendered, secrets are named only."""
+
+    workflow_id: str
+    run_id: str
+    step_id: str
+    step_name: str
+    attempt: int
+    """From 1; a new attempt is a new key and a new folder."""
+    type: str
+    params: dict[str, Any]
+    env: dict[str, str] = {}
+    """Environment declared by the plan and the step."""
+    secrets: dict[str, str] = {}
+    """Environment variable -> name of the secret, resolved where the step runs."""
+    plan_dir: str
+    working_dir: str
+    """Absolute, on the node that runs the step."""
+    log_dir: str
+    """Root of the logs; the attempt's folder is `<log_dir>/<workflow_id>/<run_id>/<step_id>/attempt-<n>`."""
+    timeout_s: float
+    grace_s: float = 5.0
+    expected_outputs: tuple[str, ...] = ()
+    """Output names the plan declares; a step that ends without one of them has failed."""
+
+    @property
+    def key(self) -> str:
+        """Stable name of the attempt: a second start with the same key attaches to the first."""
+        return f"{self.step_key}/{self.attempt}"
+
+    @property
+    def step_key(self) -> str:
+        """Key of the step, shared by its attempts."""
+        return f"{self.workflow_id}/{self.run_id}/{self.step_id}"
+
+
+class StepResult(Frozen):
+    """How one attempt ended."""
+
+    outcome: Outcome
+    reason: str = ""
+    """Short word for machines and tables: `exit_code`, `error`, `timeout`, `infrastructure`, `cached`, ..."""
+    error: str = ""
+    """Sentence for people; empty when the step succeeded."""
+    final: bool = False
+    """True when trying again cannot help."""
+    exit_code: int | None = None
+    outputs: dict[str, Any] = {}
+    started_at: float = 0.0
+    """Unix time, seconds."""
+    duration_s: float = 0.0
+    node: str = ""
+    """Host name of the machine (or Ray node) that ran the attempt."""
+    pid: int = 0
+    image: str = ""
+    gpus: tuple[str, ...] = ()
+    attempt_dir: str = ""
+    """Folder with `stdout.log`, `stderr.log` and `structured.jsonl` of the attempt."""
