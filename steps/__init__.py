@@ -23,13 +23,14 @@ from steps._contract import (
     StepFailed,
     StepTimedOut,
 )
-from steps._request import StepRequest, StepResult
+from steps._request import Progress, StepRequest, StepResult
 
 __all__ = [
     "Context",
     "Frozen",
     "Outputs",
     "PlanPath",
+    "Progress",
     "Shell",
     "StepCancelled",
     "StepError",

@@ -87,8 +87,8 @@ class Context(Protocol):
     def on_cancel(self, callback: Callable[[], None]) -> None:
         """Call `callback` (from another thread) when the step must end, before anything is killed."""
 
-    def log(self, message: str) -> None:
-        """Write one line to the step's stdout log."""
+    def log(self, message: str, stream: str = "stdout") -> None:
+        """Write one line to the step's log; `stream` is `stdout` or `stderr`."""
 
     def heartbeat(self, progress: str | Mapping[str, Any]) -> None:
         """Publish progress: a short text, or `{"text": ..., "fraction": 0..1}`. Cheap; call it as often as you like."""

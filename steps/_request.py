@@ -43,6 +43,18 @@ class StepRequest(Frozen):
         return f"{self.workflow_id}/{self.run_id}/{self.step_id}"
 
 
+class Progress(Frozen):
+    """What a running attempt last said."""
+
+    text: str = ""
+    fraction: float | None = None
+    """0..1, None when unknown."""
+    node: str = ""
+    pid: int = 0
+    last_line: str = ""
+    """Last line of its log."""
+
+
 class StepResult(Frozen):
     """How one attempt ended."""
 

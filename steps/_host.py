@@ -1,0 +1,345 @@
+"""Runs one attempt of a step in this process: environment, logs, time limit, cancel, and a result file by rename.
+
+    request -> claim host.json -> secrets, environment -> logs captured -> steps.<type>.run -> result.json
+
+The process is either a child forked for this attempt (`isolated`, see `_spawner`) or a Ray actor that lives on. The
+claim makes the attempt run at most once: whoever creates `host.json` runs it, everybody else waits for the result.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from steps import _registry
+from steps._contract import Outputs, StepCancelled, StepError, StepFailed, StepTimedOut
+from steps._environment import step_environment
+from steps._files import HOST, OUTPUTS, PROGRESS, RESULT, write_once, write_whole
+from steps._logs import AttemptLogs, captured
+from steps._masking import mask_text
+from steps._process import become_subreaper, descendants, end, end_children, kill_leftovers
+from steps._request import Outcome, StepRequest, StepResult
+from steps._secrets import resolve_secrets
+
+LARGEST_OUTPUTS = 1_000_000
+"""Bytes of JSON a step may give as outputs; what is larger belongs in a file whose path is an output."""
+_PROGRESS_INTERVAL_S = 0.1
+
+
+class AlreadyStarted(Exception):
+    """Another process runs, or has run, this attempt."""
+
+
+class Host:
+    """One attempt in this process; it is also the `Context` that `run` receives. `run()` is called once."""
+
+    def __init__(
+        self, request: StepRequest, folder: Path, *, gpus: Sequence[str] = (), isolated: bool, node: str = ""
+    ) -> None:
+        self.request = request
+        self.attempt_dir = folder
+        self.gpus = tuple(gpus)
+        self.node = node or socket.gethostname()
+        self.key = request.key
+        self.attempt = request.attempt
+        self.grace_s = request.grace_s
+        self.plan_dir = Path(request.plan_dir)
+        self.working_dir = Path(request.working_dir)
+        self.env: Mapping[str, str] = {}
+        self.secrets: Mapping[str, str] = {}
+        self.result: StepResult | None = None
+        self.stuck = False
+        """True when `run` did not return in time after a cancel: this process is of no further use."""
+        self._isolated = isolated
+        self._logs: AttemptLogs | None = None
+        self._thread = threading.get_ident()
+        self._lock = threading.Lock()
+        self._ending: type[StepCancelled] | None = None
+        self._wake = threading.Event()
+        self._left = threading.Event()
+        self._callbacks: list[Callable[[], None]] = []
+        self._progress_at = 0.0
+        self._started_at = time.time()
+
+    def run(self) -> StepResult:
+        """Run the attempt and return how it ended. Raises `AlreadyStarted`; a step's own errors become the result."""
+        self._claim()
+        if self.attempt > 1:
+            kill_leftovers(self.request.step_key, except_pid=os.getpid())
+        become_subreaper()
+        self._thread = threading.get_ident()
+        watchdog = threading.Thread(target=self._watch, name="step-watchdog", daemon=True)
+        try:
+            secret_names = self.request.secrets.values()
+            self.secrets = resolve_secrets(secret_names, self.request.workflow_id)
+            self.env = step_environment(self.request, self.secrets, self.attempt_dir, self.gpus)
+            self._logs = AttemptLogs(self.request, self.attempt_dir, list(self.secrets.values()))
+        except StepError as error:
+            self._finish("failed", "error", str(error), final=True)
+            return self._publish()
+        watchdog.start()
+        try:
+            self._run_captured(self._logs)
+        finally:
+            self._left.set()
+            self._wake.set()
+        return self._publish()
+
+    def cancel(self) -> None:
+        """End the attempt: outcome `cancelled`. Returns at once; safe from any thread or signal handler."""
+        self._request_end(StepCancelled)
+
+    @property
+    def cancelled(self) -> bool:
+        """True once the attempt must end."""
+        return self._ending is not None
+
+    def check_cancelled(self) -> None:
+        """Raise if the attempt must end."""
+        if self._ending is not None:
+            raise self._ending
+
+    def on_cancel(self, callback: Callable[[], None]) -> None:
+        """Call `callback` when the attempt must end early."""
+        self._callbacks.append(callback)
+
+    def log(self, message: str, stream: str = "stdout") -> None:
+        """Write a line to the attempt's log."""
+        assert self._logs is not None
+        self._logs.write(stream, f"{message}\n".encode())
+
+    def heartbeat(self, progress: str | Mapping[str, Any]) -> None:
+        """Publish progress to `progress.json`, at most ten times a second."""
+        now = time.monotonic()
+        if now - self._progress_at < _PROGRESS_INTERVAL_S:
+            return
+        self._progress_at = now
+        value = {"text": progress} if isinstance(progress, str) else dict(progress)
+        write_whole(self.attempt_dir / PROGRESS, mask_text(json.dumps(value), self.secrets.values()))
+
+    def run_process(
+        self,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        working_dir: Path | None = None,
+        stdin: bytes | None = None,
+    ) -> int:
+        """Run a program to its end; its exit code, 128 + n when signal n killed it."""
+        environment = {**self.env, **(env or {})}
+        folder = working_dir or self.working_dir
+        program = argv[0] if "/" in argv[0] else shutil.which(argv[0], path=environment.get("PATH", os.defpath))
+        if program is None:
+            raise StepError(f"program `{argv[0]}` is not on the step's PATH\n\nhint: PATH is {environment.get('PATH')}")
+        self.check_cancelled()
+        try:
+            process = subprocess.Popen(
+                [program, *argv[1:]],
+                cwd=folder,
+                env=environment,
+                stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
+                process_group=0,
+            )
+        except OSError as error:
+            raise StepError(f"program `{argv[0]}` cannot be started in `{folder}`: {error.strerror}") from error
+        process.communicate(stdin)
+        self.check_cancelled()
+        return process.returncode if process.returncode >= 0 else 128 - process.returncode
+
+    def _claim(self) -> None:
+        self.attempt_dir.mkdir(parents=True, exist_ok=True)
+        process = psutil.Process()
+        host = {"pid": process.pid, "created_at": process.create_time(), "node": self.node, "isolated": self._isolated}
+        if not write_once(self.attempt_dir / HOST, json.dumps(host)):
+            raise AlreadyStarted(self.key)
+
+    def interrupt(self) -> None:
+        """Raise in the calling thread if `run` is still inside the step and must end; for signal handlers."""
+        if not self._left.is_set():
+            self.check_cancelled()
+
+    def _run_captured(self, logs: AttemptLogs) -> None:
+        with captured(logs):
+            try:
+                with self._own_surroundings():
+                    step_type = _registry.find(self.request.type)
+                    params = step_type.params.model_validate(self.request.params)
+                    outputs = step_type.run(params, self) or {}
+                    # A cancel that arrives from here on is too late: the work is done.
+                    self._left.set()
+                self._finish("succeeded", outputs=self._all_outputs(outputs))
+            except StepTimedOut:
+                self._finish("timed_out", "timeout", f"not done after {self.request.timeout_s:g} s")
+            except StepCancelled:
+                self._finish("cancelled", "cancelled", "cancelled")
+            except StepFailed as error:
+                self._finish("failed", _reason(error), str(error), exit_code=error.exit_code)
+            except StepError as error:
+                self._finish("failed", "error", str(error), final=True)
+            except SystemExit as error:
+                code = error.code if isinstance(error.code, int) else int(error.code is not None)
+                self._finish("failed", "exit_code", f"the step exited with code {code}", exit_code=code)
+            except Exception as error:
+                traceback.print_exc()
+                self._finish("failed", "error", f"{type(error).__name__}: {error}")
+            finally:
+                self._left.set()
+                end_children(0 if self._ending is None else self.grace_s)
+
+    @contextlib.contextmanager
+    def _own_surroundings(self) -> Iterator[None]:
+        """Environment, directory and import path of the step for code that runs in this process."""
+        if not self.working_dir.is_dir():
+            raise StepError(f"working directory `{self.working_dir}` does not exist on `{self.node}`")
+        before = dict(os.environ), Path.cwd(), list(sys.path)
+        own = {name: value for name, value in before[0].items() if name.startswith("RAY_") and not self._isolated}
+        os.environ.clear()
+        os.environ.update({**own, **self.env})
+        os.chdir(self.working_dir)
+        sys.path[:0] = [str(self.plan_dir)]
+        try:
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(before[0])
+            os.chdir(before[1])
+            sys.path[:] = before[2]
+
+    def _all_outputs(self, returned: Outputs) -> Outputs:
+        outputs = {**_written_outputs(self.attempt_dir / OUTPUTS), **returned}
+        try:
+            size = len(json.dumps(outputs))
+        except (TypeError, ValueError) as error:
+            raise StepError(f"outputs of step `{self.request.step_id}` are not JSON: {error}") from error
+        if size > LARGEST_OUTPUTS:
+            raise StepError(
+                f"outputs of step `{self.request.step_id}` are {size} bytes, at most {LARGEST_OUTPUTS} are allowed\n\n"
+                "hint: write a file and give its path as the output"
+            )
+        missing = [name for name in self.request.expected_outputs if name not in outputs]
+        if missing:
+            raise StepFailed(f"the step did not write its declared output `{missing[0]}`")
+        return outputs
+
+    def _request_end(self, how: type[StepCancelled]) -> None:
+        if self._ending is None and not self._left.is_set():
+            self._ending = how
+            self._wake.set()
+
+    def _watch(self) -> None:
+        """Wait for the end, the time limit or a cancel; then end the tree within the grace period."""
+        if not self._wake.wait(self.request.timeout_s):
+            self._request_end(StepTimedOut)
+        if self._left.is_set() or self._ending is None:
+            return
+        for callback in self._callbacks:
+            with contextlib.suppress(Exception):
+                callback()
+        end(descendants(os.getpid()), self.grace_s)
+        if not self._left.wait(0.05):
+            self._interrupt(self._ending)
+        if not self._left.wait(max(self.grace_s, 0.5)):
+            self._abandon()
+
+    def _interrupt(self, how: type[StepCancelled]) -> None:
+        """Raise in the thread that runs the step: by a signal where we own the process, else at its next bytecode."""
+        if self._isolated:
+            signal.pthread_kill(self._thread, signal.SIGUSR1)
+        else:
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), ctypes.py_object(how))
+
+    def _abandon(self) -> None:
+        self.stuck = True
+        timed_out = self._ending is StepTimedOut
+        self._finish(
+            "timed_out" if timed_out else "cancelled",
+            "timeout" if timed_out else "cancelled",
+            f"ended by force {self.grace_s:g} s after it was told to stop",
+        )
+        end_children(0)
+        self._publish()
+        if self._isolated:
+            os._exit(1)
+
+    def _finish(
+        self,
+        outcome: Outcome,
+        reason: str = "",
+        error: str = "",
+        *,
+        final: bool = False,
+        exit_code: int | None = None,
+        outputs: Outputs | None = None,
+    ) -> None:
+        """Decide the result; a later end of the same attempt changes nothing."""
+        with self._lock:
+            if self.result is not None:
+                return
+            self.result = StepResult(
+                outcome=outcome,
+                reason=reason,
+                error=mask_text(error, self.secrets.values()),
+                final=final,
+                exit_code=0 if outcome == "succeeded" else exit_code,
+                outputs=outputs or {},
+                started_at=self._started_at,
+                duration_s=time.time() - self._started_at,
+                node=self.node,
+                pid=os.getpid(),
+                gpus=self.gpus,
+                attempt_dir=str(self.attempt_dir),
+            )
+
+    def _publish(self) -> StepResult:
+        """Close the logs, then write `result.json`: whoever sees a result sees the whole log."""
+        assert self.result is not None
+        if self._logs is not None:
+            self._logs.close()
+        write_whole(self.attempt_dir / RESULT, self.result.model_dump_json())
+        return self.result
+
+
+def run_isolated(request_file: Path) -> None:
+    """Body of a process that exists for one attempt: runs it, writes `result.json` when all logs are written."""
+    folder = request_file.parent
+    host = Host(StepRequest.model_validate_json(request_file.read_bytes()), folder, isolated=True)
+
+    signal.signal(signal.SIGUSR1, lambda number, frame: host.interrupt())
+    signal.signal(signal.SIGTERM, lambda number, frame: host.cancel())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(AlreadyStarted):
+        host.run()
+
+
+def _reason(error: StepFailed) -> str:
+    return "error" if error.exit_code is None else "exit_code"
+
+
+def _written_outputs(path: Path) -> Outputs:
+    outputs: Outputs = {}
+    if not path.exists():
+        return outputs
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise StepFailed(f"line {number} of $STEP_OUTPUTS is not JSON: {error.msg}") from error
+        if not isinstance(value, dict):
+            raise StepFailed(f"line {number} of $STEP_OUTPUTS is not a JSON object")
+        outputs.update(value)
+    return outputs

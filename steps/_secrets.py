@@ -1,0 +1,37 @@
+"""Secrets by name, resolved where the step runs; their values never leave that process."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from steps._contract import StepError
+
+SECRETS_DIR_VARIABLE = "ORCHESTRATE_SECRETS_DIR"
+_CONTAINER_SECRETS = Path("/run/secrets")
+
+
+def resolve_secrets(names: Iterable[str], workflow_id: str) -> dict[str, str]:
+    """Values by name: from the run's own folder, the secrets folder, the environment, then `/run/secrets`.
+
+    The folder is `$ORCHESTRATE_SECRETS_DIR`. Raises `StepError` naming the secret that is nowhere; a value is never
+    part of an error.
+    """
+    folder = os.environ.get(SECRETS_DIR_VARIABLE)
+    folders = [Path(folder) / "runs" / workflow_id, Path(folder)] if folder else []
+    return {name: _resolve(name, folders) for name in names}
+
+
+def _resolve(name: str, folders: list[Path]) -> str:
+    if "/" in name or name.startswith("."):
+        raise StepError(f"secret name `{name}` is not a plain name")
+    for path in (folder / name for folder in folders):
+        if path.is_file():
+            return path.read_text().removesuffix("\n")
+    if name in os.environ:
+        return os.environ[name]
+    if (_CONTAINER_SECRETS / name).is_file():
+        return (_CONTAINER_SECRETS / name).read_text().removesuffix("\n")
+    raise StepError(
+        f"secret `{name}` is not known where the step runs\n\n"
+        f"hint: `orchestrate secret set {name}`, or set `{name}` in the environment of the worker"
+    )
