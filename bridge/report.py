@@ -1,0 +1,136 @@
+"""The run report: one JSON document, always complete; and what a watcher sees of a run that goes on."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from steps import Frozen, Progress, StepResult
+from steps._request import Outcome
+
+State = Literal["waiting", "running", "succeeded", "failed", "skipped", "cancelled", "timed_out", "not_run"]
+"""An outcome, or where a step without one is."""
+
+
+class AttemptReport(Frozen):
+    """One attempt of a step."""
+
+    number: int
+    outcome: Outcome
+    reason: str = ""
+    exit_code: int | None = None
+    started_at: float | None = None
+    """Unix time, seconds."""
+    duration_s: float = 0.0
+    node: str = ""
+
+
+class StepReport(Frozen):
+    """One step, or one instance of a matrix step. Paths and tails are those of the last attempt."""
+
+    id: str
+    name: str = ""
+    type: str = ""
+    outcome: Outcome
+    reason: str = ""
+    """Short word: `exit_code error timeout infrastructure cached dependency when cancelled failure ...`."""
+    attempts: list[AttemptReport] = []
+    exit_code: int | None = None
+    started_at: float | None = None
+    duration_s: float = 0.0
+    node: str = ""
+    image: str = ""
+    gpus: list[str] = []
+    outputs: dict[str, Any] = {}
+    stdout_path: str = ""
+    stderr_path: str = ""
+    structured_path: str = ""
+    stdout_tail: str = ""
+    stderr_tail: str = ""
+    stdout_truncated: bool = False
+    stderr_truncated: bool = False
+    error: str = ""
+    """Sentence for people."""
+    allow_failure: bool = False
+    """The plan allows this step to fail: a failure is a warning."""
+
+
+class RunReport(Frozen):
+    """One run of a plan."""
+
+    workflow_id: str
+    run_id: str
+    plan: str
+    outcome: Outcome
+    started_at: float
+    finished_at: float
+    duration_s: float
+    log_dir: str = ""
+    steps: list[StepReport] = []
+
+
+class StepState(Frozen):
+    """One step as a watcher sees it now."""
+
+    id: str
+    name: str = ""
+    state: State
+    reason: str = ""
+    error: str = ""
+    attempt: int = 0
+    started_at: float | None = None
+    duration_s: float = 0.0
+    """Of an ended step; a running one counts from `started_at`."""
+    progress: Progress = Progress()
+
+
+class RunProgress(Frozen):
+    """What has changed in a run since a sequence number."""
+
+    workflow_id: str
+    run_id: str
+    plan: str
+    state: State
+    started_at: float
+    sequence: int
+    """Give it back to see only what changed since."""
+    total: int
+    """Steps known so far; a matrix adds its instances when its values are known."""
+    counts: dict[str, int] = {}
+    """Steps by state."""
+    log_dir: str = ""
+    steps: list[StepState] = Field(default=[])
+
+
+class RunSummary(Frozen):
+    """One row of `orchestrate runs`."""
+
+    workflow_id: str
+    run_id: str
+    plan: str
+    state: State
+    started_at: float
+    finished_at: float | None = None
+
+
+def step_report(step_id: str, name: str, step_type: str, result: StepResult, attempts: list[AttemptReport]) -> StepReport:
+    """The report of a step from the result of its last attempt."""
+    folder = result.attempt_dir
+    return StepReport(
+        id=step_id,
+        name=name,
+        type=step_type,
+        outcome=result.outcome,
+        reason=result.reason,
+        attempts=attempts,
+        exit_code=result.exit_code,
+        started_at=result.started_at or None,
+        duration_s=round(result.duration_s, 6),
+        node=result.node,
+        image=result.image,
+        gpus=list(result.gpus),
+        outputs=result.outputs,
+        stdout_path=f"{folder}/stdout.log" if folder else "",
+        stderr_path=f"{folder}/stderr.log" if folder else "",
+        structured_path=f"{folder}/structured.jsonl" if folder else "",
+        error=result.error,
+    )
