@@ -1,0 +1,216 @@
+"""How a command reaches the runs: the local worker's gateway over a Unix socket, or Temporal where an address is given.
+
+    command -> Connection.call -> LocalConnection: one JSON line -> gateway.sock -> JSON lines
+                              '-> RemoteConnection: bridge.client.Client in this process (imports temporalio)
+
+Both give plain JSON data, so that the quick path imports neither pydantic nor temporalio.
+"""
+
+import json
+import socket
+import time
+from typing import TYPE_CHECKING, Any, Protocol
+
+from bridge.cli.failure import Unreachable
+from bridge.state import State
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+CONNECT_TIMEOUT_S = 5.0
+ANSWER_TIMEOUT_S = 120.0
+"""Longest wait for an answer, beyond what the call itself waits for."""
+RECOVERY_LIMIT_S = 60.0
+"""How long a broken connection is repaired before the command gives up."""
+RECOVERY_PAUSE_S = 0.1
+
+REPEATABLE = {"progress", "report", "wait", "runs", "cancel", "explain"}
+"""Methods that may be sent again when the connection broke before the answer came."""
+
+TRANSIENT = {"Unavailable"}
+"""Errors that pass: Temporal is being restarted."""
+
+
+class Lost(Exception):
+    """The gateway is not there, or it went away before it answered."""
+
+    def __init__(self, message: str, sent: bool) -> None:
+        super().__init__(message, sent)
+        self.sent = sent
+        """True when the request may have been carried out."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class CallError(Exception):
+    """The other side refused: its kind, a sentence, and for a `PlanError` every problem."""
+
+    def __init__(self, kind: str, message: str, problems: list[dict[str, Any]] | None = None) -> None:
+        super().__init__(kind, message, problems)
+        self.kind = kind
+        self.message = message
+        self.problems = problems or []
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class Connection(Protocol):
+    """Whoever carries out the calls of `bridge.client.Client`."""
+
+    def call(self, method: str, **arguments: Any) -> Any:
+        """The answer as JSON data. Raises `CallError`, `Lost`, or `Unreachable` when no service can be reached."""
+
+    def is_up(self) -> bool:
+        """True when a call would be answered without starting anything."""
+
+    def close(self) -> None:
+        """Let go."""
+
+
+def connect(address: str | None, namespace: str | None, task_queue: str | None) -> Connection:
+    """Temporal at `address`, or the local services when there is none. Nothing is started before the first call."""
+    if address:
+        return RemoteConnection(address, namespace, task_queue)
+    return LocalConnection(State.from_environment())
+
+
+class LocalConnection:
+    """The gateway of the local worker; a lost one is started again and the call repeated."""
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+
+    def is_up(self) -> bool:
+        """True when something listens on the gateway's socket."""
+        try:
+            self._open().close()
+        except Lost:
+            return False
+        return True
+
+    def call(self, method: str, **arguments: Any) -> Any:
+        """See `Connection`. A call that must not run twice is repeated only if it was not sent."""
+        give_up_at = time.monotonic() + RECOVERY_LIMIT_S
+        while True:
+            try:
+                return self._call_once(method, arguments)
+            except CallError as error:
+                if error.kind not in TRANSIENT or method not in REPEATABLE or time.monotonic() > give_up_at:
+                    raise
+            except Lost as lost:
+                if lost.sent and method not in REPEATABLE:
+                    raise
+                if time.monotonic() > give_up_at:
+                    raise Unreachable(
+                        f"the local services do not answer: {lost}",
+                        f"see `orchestrate status` and the logs in `{self.state.logs_dir}`",
+                    ) from lost
+                self.ensure()
+            time.sleep(RECOVERY_PAUSE_S)
+
+    def ensure(self) -> None:
+        """Start the local services, or wait until they are ready. `Unreachable` when they cannot be started."""
+        from bridge import services
+
+        try:
+            services.ensure(self.state)
+        except services.ServiceError as error:
+            raise Unreachable(str(error)) from error
+
+    def close(self) -> None:
+        """Every call has a socket of its own."""
+
+    def _call_once(self, method: str, arguments: dict[str, Any]) -> Any:
+        with self._open() as link:
+            link.settimeout(ANSWER_TIMEOUT_S + arguments.get("wait_s", 0.0))
+            items: list[Any] = []
+            try:
+                link.sendall(json.dumps({"method": method, "arguments": arguments}).encode() + b"\n")
+                with link.makefile("rb") as answers:
+                    for line in answers:
+                        if not line.endswith(b"\n"):
+                            break
+                        answer = json.loads(line)
+                        if "error" in answer:
+                            error = answer["error"]
+                            raise CallError(error["kind"], error["message"], error.get("problems"))
+                        if "result" in answer:
+                            return items or answer["result"]
+                        items.append(answer["item"])
+            except OSError as error:
+                raise Lost(f"`{self.state.gateway_socket}`: {error}", sent=True) from error
+        raise Lost(f"`{self.state.gateway_socket}` was closed before the answer", sent=True)
+
+    def _open(self) -> socket.socket:
+        link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        link.settimeout(CONNECT_TIMEOUT_S)
+        try:
+            link.connect(str(self.state.gateway_socket))
+        except OSError as error:
+            link.close()
+            raise Lost(f"`{self.state.gateway_socket}`: {error.strerror or error}", sent=False) from error
+        return link
+
+
+class RemoteConnection:
+    """A Temporal server somewhere else, by the client library in this process."""
+
+    def __init__(self, address: str, namespace: str | None, task_queue: str | None) -> None:
+        self._target = {"address": address, "namespace": namespace, "task_queue": task_queue}
+        self._client: Any = None
+        self._loop: Any = None
+
+    def is_up(self) -> bool:
+        """Nothing is ever started in this mode."""
+        return True
+
+    def call(self, method: str, **arguments: Any) -> Any:
+        """See `Connection`."""
+        from bridge.problems import PlanError
+
+        try:
+            if self._client is None:
+                self._client = self._run(_connected(self._target))
+            return _plain(self._run(getattr(self._client, method)(**arguments)))
+        except PlanError as error:
+            raise CallError("PlanError", str(error), [problem.model_dump() for problem in error.problems]) from error
+        except Exception as error:
+            raise CallError(type(error).__name__, str(error)) from error
+
+    def close(self) -> None:
+        """Stop the loop."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+
+    def _run(self, work: "Coroutine[Any, Any, Any]") -> Any:
+        # The loop has a thread of its own: Ctrl-C then interrupts the wait here and never the loop.
+        import asyncio
+        import threading
+
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            threading.Thread(target=self._loop.run_forever, name="connection", daemon=True).start()
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        finally:
+            future.cancel()
+
+
+async def _connected(target: dict[str, str | None]) -> Any:
+    from bridge.client import Client
+
+    return await Client.connect(**target)
+
+
+def _plain(value: Any) -> Any:
+    """Models as JSON data."""
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json")
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
