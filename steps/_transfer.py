@@ -192,7 +192,7 @@ class Transfer:
         free = shutil.disk_usage(self.target.parent).free
         if total is not None and total - offset > free:
             raise StepFailed(
-                f"`{self.target.parent}` has {free} bytes free, {total - offset} are needed for `{self.target.name}`\n\n"
+                f"`{self.target.parent}` has {free} bytes free, {total - offset} are needed\n\n"
                 "hint: make room, or choose another disk by `output`"
             )
 

@@ -1,7 +1,17 @@
 """Fixtures shared by the test files: real parts, started on loopback and stopped at the end."""
 
+import contextlib
+import hashlib
+import io
+import json
+import os
+import shutil
+import socket
 import subprocess
+import sys
+import tarfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -139,8 +149,6 @@ def http_site() -> Iterator[Callable[..., str]]:
 @pytest.fixture
 def run_step(tmp_path: Path) -> Callable[..., Any]:
     """Runs one step in a process of its own, through the real host; returns its `StepResult`."""
-    import sys
-
     from steps import StepRequest, StepResult
     from steps._files import REQUEST, attempt_dir
 
@@ -153,8 +161,6 @@ def run_step(tmp_path: Path) -> Callable[..., Any]:
         timeout_s: float = 120,
         node_env: dict[str, str] | None = None,
     ) -> StepResult:
-        import os
-
         request = StepRequest(
             workflow_id="flow",
             run_id="run",
@@ -184,3 +190,153 @@ def run_step(tmp_path: Path) -> Callable[..., Any]:
         return StepResult.model_validate_json(done.stdout.splitlines()[-1])
 
     return run
+
+
+@pytest.fixture(scope="session")
+def docker_engine() -> Iterator[Any]:
+    """A client of the Docker Engine; tests that need one are skipped where none answers."""
+    from container.engine import EngineUnreachable, connect
+
+    try:
+        client = connect(os.environ)
+    except EngineUnreachable as error:
+        pytest.skip(str(error).partition("\n")[0])
+    yield client
+    client.close()
+
+
+@pytest.fixture(scope="session")
+def small_image(docker_engine: Any) -> str:
+    """An image of a few megabytes with bash and the busybox tools, made from Debian's static programs."""
+    programs = {"busybox": Path("/bin/busybox"), "bash": Path("/bin/bash-static")}
+    if missing := [name for name, path in programs.items() if not path.exists()]:
+        pytest.skip(f"Debian package `{missing[0]}-static` is not installed")
+    digest = hashlib.sha256(b"1" + b"".join(path.read_bytes() for path in programs.values())).hexdigest()[:12]
+    name = f"sygaldry-test/small:{digest}"
+    if not docker_engine.images.list(name):
+        tools = subprocess.run(["/bin/busybox", "--list"], capture_output=True, check=True, text=True).stdout.split()
+        data = io.BytesIO()
+        with tarfile.open(fileobj=data, mode="w") as archive:
+            for program, path in programs.items():
+                archive.add(path.resolve(), f"bin/{program}")
+            for folder, mode in (("tmp", 0o1777), ("etc", 0o755), ("usr", 0o755)):
+                entry = tarfile.TarInfo(folder)
+                entry.type, entry.mode = tarfile.DIRTYPE, mode
+                archive.addfile(entry)
+            for link, goal in [("usr/bin", "../bin"), *((f"bin/{tool}", "busybox") for tool in tools)]:
+                if link not in ("bin/bash", "bin/busybox"):
+                    entry = tarfile.TarInfo(link)
+                    entry.type, entry.linkname = tarfile.SYMTYPE, goal
+                    archive.addfile(entry)
+        repository, _, tag = name.partition(":")
+        docker_engine.api.import_image_from_data(
+            data.getvalue(), repository=repository, tag=tag, changes=["ENV PATH=/usr/bin:/bin"]
+        )
+    return name
+
+
+@pytest.fixture(scope="session")
+def base_image(docker_engine: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A minimal Debian with this machine's certificates; made once with mmdebstrap, then kept under its tag."""
+    name = "sygaldry-test/debian:bookworm"
+    if not docker_engine.images.list(name):
+        if shutil.which("mmdebstrap") is None:
+            pytest.skip("Debian package `mmdebstrap` is not installed")
+        archive = tmp_path_factory.mktemp("base") / "base.tar"
+        sources = sorted(str(path) for path in Path("/etc/apt/sources.list.d").glob("debian*.sources"))
+        certificates = Path("/etc/ssl/certs/ca-certificates.crt")
+        hook = ["--customize-hook=mkdir -p $1/etc/ssl/certs", f"--customize-hook=copy-in {certificates} /etc/ssl/certs"]
+        subprocess.run(
+            [
+                "mmdebstrap",
+                "--variant=minbase",
+                "--quiet",
+                *(hook if certificates.exists() else []),
+                "bookworm",
+                archive,
+            ]
+            + (sources or ["/etc/apt/sources.list"]),
+            check=True,
+            timeout=240,
+        )
+        repository, _, tag = name.partition(":")
+        docker_engine.api.import_image_from_file(str(archive), repository=repository, tag=tag)
+    return name
+
+
+class Registry:
+    """A registry on loopback that wants the login `pusher:let-me-in`."""
+
+    login = "pusher:let-me-in"
+    htpasswd = "pusher:$2y$04$ZMNp8c2V/NFpZHf7yXFin.HcMOuq3D4KyCJonSvpE8aDSAZszdgmq\n"
+
+    def __init__(self, host: str) -> None:
+        self.host = host
+        """Host and port, the first part of an image's name."""
+
+
+@pytest.fixture(scope="session")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+    """Debian's `docker-registry` with a password file."""
+    program = shutil.which("docker-registry")
+    if program is None:
+        pytest.skip("Debian package `docker-registry` is not installed")
+    folder = tmp_path_factory.mktemp("registry")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        host = f"127.0.0.1:{taken.getsockname()[1]}"
+    (folder / "htpasswd").write_text(Registry.htpasswd)
+    settings = {
+        "version": 0.1,
+        "log": {"level": "error"},
+        "storage": {"filesystem": {"rootdirectory": str(folder / "data")}},
+        "http": {"addr": host},
+        "auth": {"htpasswd": {"realm": "test", "path": str(folder / "htpasswd")}},
+    }
+    (folder / "config.yml").write_text(json.dumps(settings))
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen([program, "serve", folder / "config.yml"], stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), socket.create_connection(host.split(":"), timeout=1):  # type: ignore[arg-type]
+                break
+            assert process.poll() is None, (folder / "log").read_text()
+            time.sleep(0.05)
+        yield Registry(host)
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+@pytest.fixture(scope="session")
+def temporal_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a real Temporal dev server on loopback, tuned as the local services tune theirs."""
+    import os
+    import signal
+    import socket
+    import sys
+    import time
+
+    folder = tmp_path_factory.mktemp("temporal")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    argv = [str(Path(sys.executable).with_name("temporal")), "server", "start-dev", "--headless"]
+    argv += ["--ip", "127.0.0.1", "--port", str(port), "--db-filename", str(folder / "temporal.db")]
+    argv += ["--dynamic-config-value", "history.transferProcessorMaxPollRPS=2000", "--log-level", "error"]
+    log = folder / "server.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(argv, stdout=output, stderr=output, stdin=subprocess.DEVNULL, process_group=0)
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                time.sleep(0.05)
+        yield f"127.0.0.1:{port}"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(30)

@@ -297,7 +297,7 @@ def test_a_full_disk_is_told(tiny_disk, http_site, step_context):
         with contextlib.suppress(OSError):
             handler.wfile.write(BODY)
 
-    with pytest.raises(StepFailed, match="the disk of .* is full"):
+    with pytest.raises(StepFailed, match=r"the disk of .* is full"):
         run(Params(url=http_site(unknown_length), output=str(tiny_disk / "out.bin")), step_context())
 
 
