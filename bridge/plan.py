@@ -181,3 +181,33 @@ class Plan(Frozen):
     on_failure: Literal["finish", "cancel"] = "finish"
     """What happens to running steps when another fails."""
     steps: Annotated[list[Step], Field(min_length=1)]
+
+
+def with_defaults(plan: Plan) -> Plan:
+    """The plan with `defaults`, plan-wide secrets and image merged into every step that does not set its own."""
+    defaults = plan.defaults
+    return plan.model_copy(
+        update={
+            "defaults": Defaults(),
+            "secrets": [],
+            "image": None,
+            "steps": [_with_defaults(step, plan, defaults) for step in plan.steps],
+        }
+    )
+
+
+def _with_defaults(step: Step, plan: Plan, defaults: Defaults) -> Step:
+    own = {
+        name: getattr(defaults, name)
+        for name in ("timeout_seconds", "allow_failure", "working_dir", "resources", "image", "retry", "cache")
+        if getattr(step, name) is None
+    }
+    if own.get("image", step.image) is None:
+        own["image"] = plan.image
+    secrets = {**_variables(plan.secrets), **_variables(defaults.secrets), **_variables(step.secrets)}
+    return step.model_copy(update={**own, "env": {**defaults.env, **step.env}, "secrets": secrets})
+
+
+def _variables(secrets: list[str] | dict[str, str]) -> dict[str, str]:
+    """Environment variable -> secret name."""
+    return dict(secrets) if isinstance(secrets, dict) else {name: name for name in secrets}

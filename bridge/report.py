@@ -1,10 +1,13 @@
 """The run report: one JSON document, always complete; and what a watcher sees of a run that goes on."""
 
+import os
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
 from steps import Frozen, Progress, StepResult
+from steps._logs import tail
 from steps._request import Outcome
 
 State = Literal["waiting", "running", "succeeded", "failed", "skipped", "cancelled", "timed_out", "not_run"]
@@ -112,7 +115,9 @@ class RunSummary(Frozen):
     finished_at: float | None = None
 
 
-def step_report(step_id: str, name: str, step_type: str, result: StepResult, attempts: list[AttemptReport]) -> StepReport:
+def step_report(
+    step_id: str, name: str, step_type: str, result: StepResult, attempts: list[AttemptReport]
+) -> StepReport:
     """The report of a step from the result of its last attempt."""
     folder = result.attempt_dir
     return StepReport(
@@ -134,3 +139,32 @@ def step_report(step_id: str, name: str, step_type: str, result: StepResult, att
         structured_path=f"{folder}/structured.jsonl" if folder else "",
         error=result.error,
     )
+
+
+def with_tails(report: RunReport) -> RunReport:
+    """The report with the ends of the log files that can be read from here."""
+    return report.model_copy(update={"steps": [_with_tails(step, _tail_bytes()) for step in report.steps]})
+
+
+def _with_tails(step: StepReport, limit: int) -> StepReport:
+    if not step.stdout_path:
+        return step
+    stdout, stdout_cut = tail(Path(step.stdout_path), limit)
+    stderr, stderr_cut = tail(Path(step.stderr_path), limit)
+    return step.model_copy(
+        update={
+            "stdout_tail": stdout,
+            "stderr_tail": stderr,
+            "stdout_truncated": stdout_cut,
+            "stderr_truncated": stderr_cut,
+        }
+    )
+
+
+def _tail_bytes() -> int:
+    """`TEMPORAL_LOG_MAX_BYTES`, by default 10,000, as in the original."""
+    try:
+        limit = int(os.environ.get("TEMPORAL_LOG_MAX_BYTES", ""))
+    except ValueError:
+        limit = 0
+    return limit if limit > 0 else 10_000

@@ -21,6 +21,11 @@ def resolve_secrets(names: Iterable[str], workflow_id: str) -> dict[str, str]:
     return {name: _resolve(name, folders) for name in names}
 
 
+def is_known(name: str, folder: Path) -> bool:
+    """True when a step that runs beside this process would find the secret, `folder` being its secrets folder."""
+    return (folder / name).is_file() or name in os.environ or (_CONTAINER_SECRETS / name).is_file()
+
+
 def _resolve(name: str, folders: list[Path]) -> str:
     if "/" in name or name.startswith("."):
         raise StepError(f"secret name `{name}` is not a plain name")

@@ -1,0 +1,115 @@
+"""The one place that wires: Temporal client, dispatches, cache, activities, workflow, and the gateway for the CLI."""
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import time
+from datetime import timedelta
+from pathlib import Path
+
+from temporalio.client import Client as TemporalClient
+from temporalio.service import RPCError
+from temporalio.worker import UnsandboxedWorkflowRunner, Worker
+
+from bridge.activities import Activities
+from bridge.cache import StepCache
+from bridge.client import TASK_QUEUE, Client, connect_temporal
+from bridge.dispatch import LocalDispatch
+from bridge.gateway import Gateway
+from bridge.placement import Placement
+from bridge.schedule import MOST_IN_FLIGHT
+from bridge.state import State
+from bridge.workflow import PlanWorkflow
+from steps._secrets import SECRETS_DIR_VARIABLE
+
+STICKY_TIMEOUT = timedelta(seconds=1)
+"""How long the server waits for the worker that knows a run before it asks another."""
+log = logging.getLogger(__name__)
+
+
+async def serve(
+    state: State,
+    address: str | None,
+    *,
+    namespace: str | None = None,
+    task_queue: str = TASK_QUEUE,
+    gateway: bool = False,
+    drain_s: float = 30.0,
+    connect_timeout_s: float = 60.0,
+) -> None:
+    """Run a worker until SIGTERM or SIGINT, then drain: what still runs after `drain_s` goes on without us."""
+    os.environ.setdefault(SECRETS_DIR_VARIABLE, str(state.secrets_dir))
+    stopped = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    local = LocalDispatch()
+    local.start()
+    placement = Placement(local, state)
+    temporal = await _connect(address, namespace, state, connect_timeout_s)
+    activities = Activities(temporal, placement.choose, StepCache(state.cache_file), state.secrets_dir)
+    worker = Worker(
+        temporal,
+        task_queue=task_queue,
+        workflows=[PlanWorkflow],
+        activities=activities.all,
+        # Workflow code here is ours and pure; the replay test guards it. The sandbox would re-import it for every run.
+        workflow_runner=UnsandboxedWorkflowRunner(),
+        max_concurrent_activities=2 * MOST_IN_FLIGHT,
+        max_eager_activity_reservations_per_workflow_task=MOST_IN_FLIGHT,
+        sticky_queue_schedule_to_start_timeout=STICKY_TIMEOUT,
+        graceful_shutdown_timeout=timedelta(seconds=drain_s),
+    )
+    door = Gateway(Client(temporal, task_queue, state, local=True), state.gateway_socket) if gateway else None
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(placement.close)
+        await stack.enter_async_context(worker)
+        if door is not None:
+            await door.open()
+            stack.push_async_callback(door.close)
+        forgetting = asyncio.create_task(_forget_dead_workers(temporal))
+        await stopped.wait()
+        forgetting.cancel()
+
+
+async def _connect(address: str | None, namespace: str | None, state: State, timeout_s: float) -> TemporalClient:
+    """Connect, waiting for a server that is just starting."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return await connect_temporal(address, namespace, state)
+        except (RuntimeError, RPCError):
+            if time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(0.01)
+
+
+async def _forget_dead_workers(temporal: TemporalClient) -> None:
+    """Ask the server to give us at once what it still keeps for a worker that was killed."""
+    from temporalio.api.common.v1 import WorkflowExecution
+    from temporalio.api.workflowservice.v1 import ResetStickyTaskQueueRequest
+
+    with contextlib.suppress(RPCError):
+        running = 'WorkflowType="PlanWorkflow" AND ExecutionStatus="Running"'
+        async for run in temporal.list_workflows(running, limit=1000):
+            execution = WorkflowExecution(workflow_id=run.id, run_id=run.run_id)
+            request = ResetStickyTaskQueueRequest(namespace=temporal.namespace, execution=execution)
+            with contextlib.suppress(RPCError):
+                await temporal.workflow_service.reset_sticky_task_queue(request)
+
+
+def main() -> None:
+    """Entry point of the supervisor's worker process."""
+    parser = argparse.ArgumentParser(prog="python -m bridge.worker")
+    parser.add_argument("--state-dir", type=Path, required=True)
+    parser.add_argument("--address", required=True)
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    state = State(arguments.state_dir)
+    asyncio.run(serve(state, arguments.address, gateway=True, drain_s=2.0))
+
+
+if __name__ == "__main__":
+    main()
