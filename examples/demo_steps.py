@@ -18,6 +18,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import demo_chart
+
 from steps import Context
 
 KINDS = ("code", "docstrings", "comments")
@@ -103,8 +105,6 @@ def merge_counts(results: list[str], root: str, output: str) -> dict[str, Any]:
 
 def draw_chart(table: str, top: int, output: str) -> dict[str, Any]:
     """Draw the `top` largest packages as a PNG."""
-    import demo_chart
-
     with Path(table).open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
     bars = [(row["package"], [int(row[kind]) for kind in KINDS]) for row in rows]
