@@ -1,0 +1,87 @@
+"""Processes of a state directory, found by the marker in their environment or by descent, whoever started them."""
+
+import contextlib
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from bridge.state import MARKER, State
+
+TERMINATE_GRACE_S = 1.0
+POLL_S = 0.01
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """A process that had to be ended by force."""
+
+    pid: int
+    command: str
+
+
+def find(state: State) -> list[psutil.Process]:
+    """Living processes that carry our marker, and all their descendants; never this process or its ancestors."""
+    needle = f"{MARKER}={state.dir}".encode()
+    own = {os.getpid(), *(process.pid for process in psutil.Process().parents())}
+    found: dict[int, psutil.Process] = {}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if _carries(process.pid, needle):
+                for each in (process, *process.children(recursive=True)):
+                    if each.pid not in own and each.status() != psutil.STATUS_ZOMBIE:
+                        found[each.pid] = each
+    return list(found.values())
+
+
+def end(state: State, known: list[psutil.Process], deadline: float) -> tuple[list[Leftover], list[Leftover]]:
+    """End what lives of `known` and whatever `find` finds, until there is nothing; (what was ended, what is left).
+
+    Each is asked by SIGTERM and killed a second later. `deadline` is in seconds of the monotonic clock.
+    """
+    ended: dict[int, Leftover] = {}
+    asked_at: dict[int, float] = {}
+    while True:
+        left = {process.pid: process for process in (*find(state), *filter(_lives, known))}
+        for process in left.values():
+            with contextlib.suppress(psutil.Error):
+                ended.setdefault(process.pid, Leftover(process.pid, _command(process)))
+                if process.pid not in asked_at:
+                    asked_at[process.pid] = time.monotonic()
+                    process.send_signal(signal.SIGTERM)
+                elif time.monotonic() - asked_at[process.pid] >= TERMINATE_GRACE_S:
+                    process.send_signal(signal.SIGKILL)
+        if not left or time.monotonic() > deadline:
+            return list(ended.values()), [ended[pid] for pid in left]
+        time.sleep(POLL_S)
+
+
+def end_services(state: State) -> None:
+    """Kill the services that an earlier supervisor left without a record of them; what they started for steps stays."""
+    marks = (str(state.temporal_db), f"--temp-dir={state.ray_temp_dir}")
+    killed = []
+    for process in find(state):
+        with contextlib.suppress(psutil.Error):
+            argv = process.cmdline()
+            is_worker = {"--state-dir", str(state.dir), "--address"} <= set(argv)
+            if is_worker or any(mark in argv for mark in marks):
+                process.kill()
+                killed.append(process)
+    psutil.wait_procs(killed, timeout=2.0)
+
+
+def _carries(pid: int, needle: bytes) -> bool:
+    return needle in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+
+
+def _lives(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _command(process: psutil.Process) -> str:
+    return " ".join(process.cmdline())[:200].strip() or process.name()
