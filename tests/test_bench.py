@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.temporal
 def test_bench_measures_the_floor_and_keeps_numbers_with_versions(tmp_path: Path) -> None:
-    command = [sys.executable, "bench/run.py", "--quick", "--only", "floor: activity runs", "--output", tmp_path]
+    command = [sys.executable, "bench/run.py", "--quick", "--only", "floor: activity runs", "--output", str(tmp_path)]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )

@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import importlib
 import json
 from pathlib import Path
 from types import ModuleType
@@ -37,8 +38,7 @@ async def shut():
 def demo() -> ModuleType:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(EXAMPLES))
-        import demo_steps
-    return demo_steps
+        return importlib.import_module("demo_steps")
 
 
 def test_lines_are_counted_by_kind_and_symbols_have_their_lines(demo: ModuleType) -> None:
@@ -109,7 +109,8 @@ def test_the_whole_job_on_a_small_folder(demo: ModuleType, tmp_path: Path) -> No
     picture = Path(demo.draw_chart(merged["table"], 20, output)["picture"])
     with Image.open(picture) as image:
         assert image.format == "PNG" and image.width == 1200
-        assert len(image.getcolors(maxcolors=1 << 20)) > 10
+        colours = image.getcolors(maxcolors=1 << 20)
+        assert colours is not None and len(colours) > 10
     assert not list(Path(output).glob("**/.*.part"))
 
 
