@@ -212,8 +212,8 @@ async def test_codec_is_cheap_for_small_payloads(tmp_path: Path) -> None:
     small = payload({"outcome": "succeeded", "outputs": {"text": "x" * 500}})
     best_s = 1.0
     for _ in range(20):
-        started = time.perf_counter()
+        started = time.process_time()
         for _ in range(20):
             await codec.decode(await codec.encode([small]))
-        best_s = min(best_s, (time.perf_counter() - started) / 20)
+        best_s = min(best_s, (time.process_time() - started) / 20)
     assert best_s < 0.0002
