@@ -38,7 +38,7 @@ from bridge.lookup import explain
 from bridge.params import resolve_params
 from bridge.plan import Plan, with_defaults
 from bridge.reader import LoadedPlan, read_plan_text, read_steps_json_text
-from bridge.report import RunProgress, RunReport, RunSummary, StepState
+from bridge.report import RunProgress, RunReport, RunSummary, StepState, with_tails
 from bridge.state import State
 from steps import Progress
 
@@ -125,14 +125,16 @@ class Client:
         plan_dir: str | Path | None = None,
         workflow_id: str | None = None,
         log_dir: str | Path | None = None,
+        default_log_dir: str | Path | None = None,
         secrets: Mapping[str, str] | None = None,
     ) -> RunHandle:
         """Start a checked plan. Raises `PlanError`, `RunConflict`, `SecretsNeeded`.
 
         `plan_dir` is what relative paths are relative to: the plan file's folder, or the current directory.
+        `default_log_dir` counts when neither `log_dir` nor the plan says where logs go.
         """
         loaded = plan if isinstance(plan, LoadedPlan) else _loaded(plan, plan_dir)
-        run = self._run_input(loaded, params or {}, log_dir)
+        run = self._run_input(loaded, params or {}, log_dir, default_log_dir)
         workflow_id = workflow_id or _new_workflow_id(run.plan.name)
         self._keep_secrets(run, workflow_id, secrets or {})
         return await self._start(run, workflow_id, tuple(str(warning) for warning in loaded.warnings))
@@ -144,13 +146,21 @@ class Client:
         given: Mapping[str, Any] | None = None,
         workflow_id: str | None = None,
         log_dir: str | None = None,
+        default_log_dir: str | None = None,
         format: str = "yaml",
         secrets: Mapping[str, str] | None = None,
     ) -> RunHandle:
         """Read, check and start the plan in `text`, which came from `path`. `PlanError` holds all that is wrong."""
         read = read_steps_json_text if format == "json" else read_plan_text
         loaded = await asyncio.to_thread(read, text, Path(path))
-        return await self.start(loaded, params=given, workflow_id=workflow_id, log_dir=log_dir, secrets=secrets)
+        return await self.start(
+            loaded,
+            params=given,
+            workflow_id=workflow_id,
+            log_dir=log_dir,
+            default_log_dir=default_log_dir,
+            secrets=secrets,
+        )
 
     async def wait(self, workflow_id: str, run_id: str | None = None) -> RunReport:
         """Wait for the end of a run; its report, whatever the outcome."""
@@ -164,8 +174,10 @@ class Client:
         description = await self._found(handle.describe(), workflow_id)
         goes_on = description.status in (WorkflowExecutionStatus.RUNNING, WorkflowExecutionStatus.CONTINUED_AS_NEW)
         if goes_on and await self._newest(workflow_id) == run_id:
-            return await self._query_report(workflow_id)
-        return await self.wait(workflow_id, run_id)
+            report = await self._query_report(workflow_id)
+        else:
+            report = await self.wait(workflow_id, run_id)
+        return await asyncio.to_thread(with_tails, report)
 
     async def progress(
         self, workflow_id: str, run_id: str | None = None, since: int = 0, wait_s: float = 0.0
@@ -232,7 +244,7 @@ class Client:
     ) -> list[dict[str, str]]:
         """Field by field, why a cached step would run again; empty when it would not."""
         loaded = await asyncio.to_thread(read_plan_text, text, Path(path))
-        run = self._run_input(loaded, given or {}, None)
+        run = self._run_input(loaded, given or {})
         if step_id not in {step.id for step in run.plan.steps}:
             raise ClientError(f"plan `{run.plan.name}` has no step `{step_id}`")
         changes = await asyncio.to_thread(explain, run, step_id, StepCache(self.state.cache_file))
@@ -258,19 +270,25 @@ class Client:
             ) from None
         return RunHandle(workflow_id, handle.first_execution_run_id or "", run.plan.name, run.log_dir, warnings)
 
-    def _run_input(self, loaded: LoadedPlan, given: Mapping[str, Any], log_dir: str | Path | None) -> RunInput:
+    def _run_input(
+        self,
+        loaded: LoadedPlan,
+        given: Mapping[str, Any],
+        log_dir: str | Path | None = None,
+        default_log_dir: str | Path | None = None,
+    ) -> RunInput:
         folder = loaded.path.parent
         plan = with_defaults(loaded.plan.model_copy(update={"name": loaded.plan.name or loaded.path.stem}))
         return RunInput(
             plan=plan,
             plan_dir=str(folder),
-            log_dir=str(self._log_dir(plan, folder, log_dir)),
+            log_dir=str(self._log_dir(plan, folder, log_dir, default_log_dir)),
             params=resolve_params(plan, given),
         )
 
-    def _log_dir(self, plan: Plan, folder: Path, given: str | Path | None) -> Path:
+    def _log_dir(self, plan: Plan, folder: Path, given: str | Path | None, default: str | Path | None) -> Path:
         if given is None and plan.log_dir is None:
-            chosen = os.environ.get("TEMPORAL_LOG_DIR")
+            chosen = default or os.environ.get("TEMPORAL_LOG_DIR")
             return Path(chosen).absolute() if chosen else self.state.run_log_dir
         return folder / (given or plan.log_dir or "")
 
