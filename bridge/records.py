@@ -209,8 +209,9 @@ class Wanted:
     stream: Literal["stdout", "stderr", "both"] = "both"
 
     def takes_attempt(self, event: Event) -> bool:
-        """Whether the attempt of an event is asked for. A matrix step stands for all its instances."""
-        same_step = self.step_id in ("", event.step_id) or event.step_id.startswith(f"{self.step_id}[")
+        """Whether the attempt of an event is asked for. A matrix step stands for its instances `<step id>.<number>`."""
+        step_id, _, number = event.step_id.rpartition(".")
+        same_step = self.step_id in ("", event.step_id) or (self.step_id == step_id and number.isdigit())
         return same_step and self.attempt in (0, event.attempt)
 
     def takes_record(self, record: dict[str, Any]) -> bool:

@@ -1,10 +1,9 @@
 """Text for people: made harmless, in columns, with times. Light: the CLI's quick path imports it."""
 
+import os
 import re
-import shutil
 import sys
 import time
-import unicodedata
 from collections.abc import Sequence
 from typing import TextIO
 
@@ -71,6 +70,7 @@ def width_of(text: str) -> int:
     """Terminal cells that a text takes."""
     if text.isascii():
         return len(text)
+
     return sum(
         0 if unicodedata.combining(letter) else 2 if unicodedata.east_asian_width(letter) in "WF" else 1
         for letter in text
@@ -91,7 +91,10 @@ def cut(text: str, limit: int) -> str:
 
 def terminal_width(stream: TextIO) -> int | None:
     """Columns of the terminal behind `stream`; None where there is no terminal and nothing needs to be cut."""
-    return shutil.get_terminal_size().columns if stream.isatty() else None
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80 if stream.isatty() else None
+    except (OSError, ValueError):
+        return None
 
 
 def columns(header: Sequence[str], rows: Sequence[Sequence[str]], stream: TextIO | None = None) -> list[str]:

@@ -1,17 +1,19 @@
 """How a command reaches the runs: the local worker's gateway over a Unix socket, or Temporal where an address is given.
 
-    command -> Connection.call -> LocalConnection: one JSON line -> gateway.sock -> JSON lines
+    command -> Connection.call -> LocalConnection: one JSON line -> gateway.sock -> one JSON line
                               '-> RemoteConnection: bridge.client.Client in this process (imports temporalio)
 
 Both give plain JSON data, so that the quick path imports neither pydantic nor temporalio.
 """
 
 import json
+import os
 import socket
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from bridge.cli.failure import Unreachable
+from bridge.cli.failure import Failure, Unreachable
 from bridge.state import State
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ RECOVERY_PAUSE_S = 0.1
 REPEATABLE = {"progress", "report", "wait", "runs", "cancel", "explain"}
 """Methods that may be sent again when the connection broke before the answer came."""
 
-TRANSIENT = {"Unavailable"}
+TRANSIENT = {"RPCError", "TimeoutError"}
 """Errors that pass: Temporal is being restarted."""
 
 
@@ -44,13 +46,14 @@ class Lost(Exception):
 
 
 class CallError(Exception):
-    """The other side refused: its kind, a sentence, and for a `PlanError` every problem."""
+    """The other side refused: the kind of its error, and a sentence."""
 
-    def __init__(self, kind: str, message: str, problems: list[dict[str, Any]] | None = None) -> None:
-        super().__init__(kind, message, problems)
+    def __init__(self, kind: str, message: str, names: tuple[str, ...] = ()) -> None:
+        super().__init__(kind, message, names)
         self.kind = kind
         self.message = message
-        self.problems = problems or []
+        self.names = names
+        """Of `SecretsNeeded`: the secrets that are not known where the steps run."""
 
     def __str__(self) -> str:
         return self.message
@@ -70,10 +73,28 @@ class Connection(Protocol):
 
 
 def connect(address: str | None, namespace: str | None, task_queue: str | None) -> Connection:
-    """Temporal at `address`, or the local services when there is none. Nothing is started before the first call."""
-    if address:
+    """Temporal at `address` or where its own configuration says, or else the local services.
+
+    Nothing is started before the first call.
+    """
+    if address or _is_configured():
         return RemoteConnection(address, namespace, task_queue)
     return LocalConnection(State.from_environment())
+
+
+def _is_configured() -> bool:
+    """Whether the profile in use of Temporal's configuration file names an address."""
+    folder = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    path = Path(os.environ.get("TEMPORAL_CONFIG_FILE") or Path(folder) / "temporalio" / "temporal.toml")
+    if not path.is_file():
+        return False
+    import tomllib
+
+    try:
+        profiles = tomllib.loads(path.read_text()).get("profile", {})
+    except ValueError as error:
+        raise Failure(f"`{path}` is not valid TOML: {error}") from error
+    return bool(profiles.get(os.environ.get("TEMPORAL_PROFILE", "default"), {}).get("address"))
 
 
 class LocalConnection:
@@ -125,7 +146,6 @@ class LocalConnection:
     def _call_once(self, method: str, arguments: dict[str, Any]) -> Any:
         with self._open() as link:
             link.settimeout(ANSWER_TIMEOUT_S + arguments.get("wait_s", 0.0))
-            items: list[Any] = []
             try:
                 link.sendall(json.dumps({"method": method, "arguments": arguments}).encode() + b"\n")
                 with link.makefile("rb") as answers:
@@ -135,10 +155,8 @@ class LocalConnection:
                         answer = json.loads(line)
                         if "error" in answer:
                             error = answer["error"]
-                            raise CallError(error["kind"], error["message"], error.get("problems"))
-                        if "result" in answer:
-                            return items or answer["result"]
-                        items.append(answer["item"])
+                            raise CallError(error["kind"], error["message"], tuple(error.get("names", ())))
+                        return answer["result"]
             except OSError as error:
                 raise Lost(f"`{self.state.gateway_socket}`: {error}", sent=True) from error
         raise Lost(f"`{self.state.gateway_socket}` was closed before the answer", sent=True)
@@ -157,8 +175,8 @@ class LocalConnection:
 class RemoteConnection:
     """A Temporal server somewhere else, by the client library in this process."""
 
-    def __init__(self, address: str, namespace: str | None, task_queue: str | None) -> None:
-        self._target = {"address": address, "namespace": namespace, "task_queue": task_queue}
+    def __init__(self, address: str | None, namespace: str | None, task_queue: str | None) -> None:
+        self._target: dict[str, Any] = {"address": address, "namespace": namespace, "task_queue": task_queue}
         self._client: Any = None
         self._loop: Any = None
 
@@ -168,16 +186,13 @@ class RemoteConnection:
 
     def call(self, method: str, **arguments: Any) -> Any:
         """See `Connection`."""
-        from bridge.problems import PlanError
-
         try:
             if self._client is None:
                 self._client = self._run(_connected(self._target))
             return _plain(self._run(getattr(self._client, method)(**arguments)))
-        except PlanError as error:
-            raise CallError("PlanError", str(error), [problem.model_dump() for problem in error.problems]) from error
         except Exception as error:
-            raise CallError(type(error).__name__, str(error)) from error
+            names = error.args if type(error).__name__ == "SecretsNeeded" else ()
+            raise CallError(type(error).__name__, str(error), names) from error
 
     def close(self) -> None:
         """Stop the loop."""
@@ -199,7 +214,7 @@ class RemoteConnection:
             future.cancel()
 
 
-async def _connected(target: dict[str, str | None]) -> Any:
+async def _connected(target: dict[str, Any]) -> Any:
     from bridge.client import Client
 
     return await Client.connect(**target)
@@ -207,8 +222,12 @@ async def _connected(target: dict[str, str | None]) -> Any:
 
 def _plain(value: Any) -> Any:
     """Models as JSON data."""
+    import dataclasses
+
     if hasattr(value, "model_dump"):
         return value.model_dump(mode="json")
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, dict):
