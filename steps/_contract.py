@@ -70,6 +70,8 @@ class Context(Protocol):
     """Scratch folder of this attempt, beside its logs."""
     env: Mapping[str, str]
     """The step's whole environment: allow-listed, declared, and secrets."""
+    declared_env: Mapping[str, str]
+    """The part of `env` that the plan and the step declare, secrets included; the rest is the node's."""
     secrets: Mapping[str, str]
     """Resolved secrets by their names. Their values are masked in every log."""
     gpus: Sequence[str]

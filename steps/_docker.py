@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from container.engine import EngineUnreachable, connect
 from steps import Context, StepError, StepFailed
@@ -14,11 +15,11 @@ _ANSI_RED, _ANSI_END = "\x1b[91m", "\x1b[0m"
 
 
 @contextlib.contextmanager
-def engine(context: Context, timeout_s: int = 60) -> Iterator["DockerClient"]:
-    """The engine of the step's environment.
+def engine(context: Context, timeout_s: int = 60, ends_on_cancel: bool = True) -> Iterator["DockerClient"]:
+    """The engine of the step's environment; one request may be silent for `timeout_s`.
 
-    A refused request becomes `StepError`, a broken or missing engine `StepFailed`. When the step is cancelled the
-    answers that are being read end, which tells the engine to stop what it does for us.
+    A refused request becomes `StepError`, a broken or missing engine `StepFailed`. With `ends_on_cancel` the answers
+    that are being read end when the step is cancelled, which tells the engine to stop what it does for us.
     """
     import requests
     from docker.errors import APIError, DockerException
@@ -28,16 +29,17 @@ def engine(context: Context, timeout_s: int = 60) -> Iterator["DockerClient"]:
         client = connect(context.env, timeout_s)
     except EngineUnreachable as error:
         raise StepFailed(str(error)) from error
-    answers: list[Any] = []
-    client.api.hooks["response"].append(lambda response, *args, **kwargs: answers.append(response))
+    answers: WeakSet[Any] = WeakSet()
+    client.api.hooks["response"].append(lambda response, *args, **kwargs: answers.add(response))
 
     def hang_up() -> None:
-        for answer in answers:
+        for answer in list(answers):
             # The answer may have been read to its end meanwhile.
             with contextlib.suppress(Exception):
                 answer.raw.shutdown()
 
-    context.on_cancel(hang_up)
+    if ends_on_cancel:
+        context.on_cancel(hang_up)
     try:
         yield client
     except APIError as error:
@@ -50,7 +52,7 @@ def engine(context: Context, timeout_s: int = 60) -> Iterator["DockerClient"]:
         context.check_cancelled()
         raise StepFailed(f"lost the Docker Engine: {error}") from error
     finally:
-        for answer in answers:
+        for answer in list(answers):
             answer.close()
         client.close()
 

@@ -32,6 +32,7 @@ class RecordingContext:
         self.attempt_dir = folder / f"attempt-{self.attempt}"
         self.attempt_dir.mkdir(exist_ok=True)
         self.env = {"PATH": "/usr/bin:/bin", "HOME": str(folder), **env}
+        self.declared_env = dict(env)
         self.secrets = dict(secrets)
         self.gpus: tuple[str, ...] = ()
         self.grace_s = 1.0
@@ -340,3 +341,123 @@ def temporal_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait(30)
+
+
+class RayHead:
+    """A Ray head started as its own daemon, with a token, 4 CPUs, 2 `slot`s and the label `zone=here`."""
+
+    secret = "correct horse battery"
+    """Value of the secret `STABLE` on the node."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.token_file = folder / "token"
+        self.token_file.touch(mode=0o600)
+        self.token_file.write_text(os.urandom(32).hex())
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.address = f"127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Start it; it listens at the same address every time."""
+        argv = [str(Path(sys.executable).with_name("ray")), "start", "--head", f"--port={self.port}"]
+        argv += ["--num-cpus=4", '--resources={"slot": 2}', "--labels=zone=here", "--include-dashboard=false"]
+        argv += [f"--temp-dir={self.folder}", "--disable-usage-stats", "--object-store-memory=100000000"]
+        own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token_file), "STABLE": self.secret}
+        done = subprocess.run(
+            argv, env={**os.environ, **own, "TMPDIR": str(self.folder)}, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def processes(self, word: str = "") -> list[Any]:
+        """Living processes of this head, workers included; those with `word` in their title."""
+        import psutil
+
+        found = {}
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if f"{self.folder}/" in " ".join(process.cmdline()):
+                    found.update({one.pid: one for one in [process, *process.children(recursive=True)]})
+        titles = {}
+        for pid, process in found.items():
+            with contextlib.suppress(psutil.Error):
+                titles[pid] = " ".join(process.cmdline())
+        return [found[pid] for pid, title in titles.items() if word in title]
+
+    def kill(self) -> None:
+        """`kill -9` of every process of it."""
+        import psutil
+
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(self.processes(), timeout=10)
+
+
+@pytest.fixture(scope="session")
+def make_ray_head() -> Iterator[Callable[[], RayHead]]:
+    """Makes Ray heads, not started yet; they are killed at the end."""
+    import tempfile
+
+    heads: list[RayHead] = []
+
+    def make() -> RayHead:
+        # Ray's sockets lie in this folder, and a socket's path is at most 107 bytes long.
+        heads.append(RayHead(Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))))
+        return heads[-1]
+
+    yield make
+    for head in heads:
+        head.kill()
+        shutil.rmtree(head.folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def ray_head(make_ray_head: Callable[[], RayHead]) -> RayHead:
+    """A running Ray head that all tests share."""
+    head = make_ray_head()
+    head.start()
+    return head
+
+
+STAND_IN_WORKER = '''
+"""A worker that takes no work: it waits for the server, then listens where the real one does."""
+
+import contextlib, pathlib, socket, sys, time
+from bridge.state import State
+
+options = dict(zip(sys.argv[1::2], sys.argv[2::2], strict=True))
+host, _, port = options["--address"].partition(":")
+while True:
+    with contextlib.suppress(OSError):
+        socket.create_connection((host, int(port)), timeout=1).close()
+        break
+    time.sleep(0.01)
+path = State(pathlib.Path(options["--state-dir"])).gateway_socket
+path.unlink(missing_ok=True)
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(str(path))
+listener.listen()
+while True:
+    listener.accept()[0].close()
+'''
+
+
+@pytest.fixture
+def stand_in_worker(tmp_path: Path) -> list[str]:
+    """Command of a worker that only says when it is ready."""
+    script = tmp_path / "stand_in_worker.py"
+    script.write_text(STAND_IN_WORKER)
+    return [sys.executable, str(script)]
+
+
+@pytest.fixture
+def local_state(tmp_path: Path) -> Iterator[Any]:
+    """A fresh state directory; its services are stopped at the end."""
+    from bridge import services
+    from bridge.state import State
+
+    state = State(tmp_path / "state")
+    yield state
+    services.stop(state)
