@@ -59,15 +59,15 @@ def end(state: State, known: list[psutil.Process], deadline: float) -> tuple[lis
         time.sleep(POLL_S)
 
 
-def end_services(state: State) -> None:
-    """Kill the services that an earlier supervisor left without a record of them; what they started for steps stays."""
+def end_services(state: State, adopted: set[int]) -> None:
+    """Kill the services of earlier supervisors that nobody has a record of; what they started for steps stays."""
     marks = (str(state.temporal_db), f"--temp-dir={state.ray_temp_dir}")
     killed = []
     for process in find(state):
         with contextlib.suppress(psutil.Error):
             argv = process.cmdline()
             is_worker = {"--state-dir", str(state.dir), "--address"} <= set(argv)
-            if is_worker or any(mark in argv for mark in marks):
+            if process.pid not in adopted and (is_worker or any(mark in argv for mark in marks)):
                 process.kill()
                 killed.append(process)
     psutil.wait_procs(killed, timeout=2.0)

@@ -33,7 +33,7 @@ LONGEST_REQUEST_BYTES = 65536
 LOCK_TIMEOUT_S = 30.0
 WORKER_DRAIN_S = 5.0
 RAY_END_S = 1.5
-TEMPORAL_END_S = 5.0
+TEMPORAL_END_S = 2.0
 
 
 class Supervisor:
@@ -63,10 +63,6 @@ class Supervisor:
     def start(self) -> None:
         """Adopt the services that live and start those that do not."""
         found = _read_services(self._state.services_file)
-        if not found:
-            from bridge import leftovers
-
-            leftovers.end_services(self._state)
         remembered = found.get("ports")
         remembered = remembered if isinstance(remembered, dict) else {}
         records = found.get("processes")
@@ -85,6 +81,11 @@ class Supervisor:
         if self._ray.alive:
             self._wanted.append(self._ray)
             self._when_ray_is_usable(self._ray.pid, time.monotonic() + RAY_START_TIMEOUT_S)
+        if found.get("is_clean") is not True and self._state.temporal_db.exists():
+            from bridge import leftovers
+
+            adopted = (self._temporal, self._worker, self._ray)
+            leftovers.end_services(self._state, {child.pid for child in adopted if child.alive})
         for child in self._wanted:
             if not child.alive:
                 self._start(child)
@@ -285,7 +286,7 @@ class Supervisor:
         if ui and not self._ui:
             self._ui = True
             self._save()
-            self._temporal.ask_to_end()
+            self._temporal.kill_group()
 
     def status(self) -> dict[str, Any]:
         """What runs; `crashes` is how often a process ended since it last lived well or was asked for."""
@@ -331,7 +332,12 @@ class Supervisor:
     def _save(self) -> None:
         children = {child.name: child.record for child in (self._temporal, self._worker, self._ray) if child.alive}
         own = {"supervisor": {"pid": os.getpid(), "created": start_ticks(os.getpid()), "since": self._started_at}}
-        content = {"ports": self._ports, "ui": self._ui, "processes": own | children}
+        content = {
+            "ports": self._ports,
+            "ui": self._ui,
+            "is_clean": self._stopping and not children,
+            "processes": own | children,
+        }
         with contextlib.suppress(FileNotFoundError):
             write_private(self._state.services_file, json.dumps(content))
 
