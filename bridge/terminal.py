@@ -70,6 +70,7 @@ def width_of(text: str) -> int:
     """Terminal cells that a text takes."""
     if text.isascii():
         return len(text)
+    import unicodedata
 
     return sum(
         0 if unicodedata.combining(letter) else 2 if unicodedata.east_asian_width(letter) in "WF" else 1

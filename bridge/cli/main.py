@@ -20,7 +20,7 @@ GROUPS = {
     "bridge.cli.plan": ("validate", "graph", "schema", "steps"),
     "bridge.cli.services": ("up", "down", "status"),
     "bridge.cli.worker": ("worker",),
-    "bridge.cli.secret": ("secret",),
+    "bridge.cli.secret": ("secret", "key"),
 }
 """Module -> the commands in its `COMMANDS`, in the order of `--help`."""
 
