@@ -1,0 +1,119 @@
+"""The folder of an attempt from both ends: read by offset on the node, written at the offset beside the worker."""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from steps import Frozen, StepResult
+from steps._files import HOST, PROGRESS, read_result
+
+LOGS = ("stdout.log", "stderr.log", "structured.jsonl")
+LARGEST_CHUNK = 1 << 20
+"""Bytes of one log in one answer."""
+
+
+class Cursor(Frozen):
+    """What the caller has already: bytes of each of `LOGS`, and the progress it knows."""
+
+    offsets: tuple[int, int, int] = (0, 0, 0)
+    progress: str = ""
+
+
+class Poll(Frozen):
+    """What there is beyond a cursor."""
+
+    known: bool = True
+    """False when this actor never ran the attempt, or has forgotten it."""
+    busy: bool = False
+    """True when a start was refused because another attempt runs here."""
+    chunks: tuple[bytes, bytes, bytes] = (b"", b"", b"")
+    progress: str = ""
+    """Content of `progress.json`."""
+    result: StepResult | None = None
+    """Set when the attempt has ended and `chunks` are the last bytes of its logs."""
+    stuck: bool = False
+    """The attempt was ended by force and the process that ran it is of no further use."""
+    node: str = ""
+    pid: int = 0
+    claimed: bool = True
+    """False when the attempt was never begun in this folder."""
+
+
+def attempts_root() -> Path:
+    """Folder on a node that holds the attempts of all step actors of this user; readable by nobody else."""
+    root = Path(tempfile.gettempdir()) / f"orchestrate-steps-{os.getuid()}"
+    root.mkdir(mode=0o700, exist_ok=True)
+    if root.stat().st_uid != os.getuid() or root.is_symlink():
+        raise PermissionError(f"`{root}` belongs to somebody else\n\nhint: remove it, or set TMPDIR for the Ray node")
+    return root
+
+
+def node_folder(actor: str, key: str) -> Path:
+    """Folder of an attempt on the node of its actor."""
+    return attempts_root() / actor / hashlib.sha256(key.encode()).hexdigest()[:32]
+
+
+def read_beyond(folder: Path, cursor: Cursor, *, ended: bool) -> Poll:
+    """New log bytes and progress. `ended` must have been true before this call for the result to be given."""
+    chunks = tuple(_read(folder / name, offset) for name, offset in zip(LOGS, cursor.offsets, strict=True))
+    complete = all(len(chunk) < LARGEST_CHUNK for chunk in chunks)
+    try:
+        progress = (folder / PROGRESS).read_text()
+    except FileNotFoundError:
+        progress = ""
+    return Poll(
+        chunks=(chunks[0], chunks[1], chunks[2]),
+        progress=progress,
+        result=read_result(folder) if ended and complete else None,
+        claimed=(folder / HOST).exists(),
+    )
+
+
+def local_cursor(folder: Path) -> Cursor:
+    """Cursor of what has been copied into `folder`."""
+    sizes = [path.stat().st_size if path.exists() else 0 for path in (folder / name for name in LOGS)]
+    return Cursor(offsets=(sizes[0], sizes[1], sizes[2]))
+
+
+def write_at(folder: Path, cursor: Cursor, poll: Poll) -> Cursor:
+    """Copy the chunks of `poll` to where they belong; the cursor behind them.
+
+    Two writers of the same bytes do no harm: everything is written at its offset.
+    """
+    for name, offset, chunk in zip(LOGS, cursor.offsets, poll.chunks, strict=True):
+        descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            written = 0
+            while written < len(chunk):
+                written += os.pwrite(descriptor, chunk[written:], offset + written)
+        finally:
+            os.close(descriptor)
+    sizes = [offset + len(chunk) for offset, chunk in zip(cursor.offsets, poll.chunks, strict=True)]
+    return Cursor(offsets=(sizes[0], sizes[1], sizes[2]), progress=poll.progress)
+
+
+def last_line(chunk: bytes) -> str:
+    """The last line of a piece of log that has text, cut to 200 characters."""
+    lines = chunk[-2000:].decode(errors="replace").replace("\r", "\n").split("\n")
+    return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "")
+
+
+def progress_fields(text: str) -> tuple[str, float | None]:
+    """Text and fraction of a `progress.json`."""
+    try:
+        value = json.loads(text) if text else {}
+    except json.JSONDecodeError:
+        return "", None
+    fraction = value.get("fraction")
+    return str(value.get("text", "")), float(fraction) if isinstance(fraction, int | float) else None
+
+
+def _read(path: Path, offset: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            return file.read(LARGEST_CHUNK)
+    except FileNotFoundError:
+        return b""

@@ -1,0 +1,111 @@
+"""The only `ray.init` of the project.
+
+A process that is a Ray driver ends by itself: Ray calls `exit(1)` in it when the cluster's control service has been
+gone for 60 s. So a process that must live on (the Temporal worker) does not call this; it uses `cluster.dispatch`,
+whose driver is a child process.
+"""
+
+import asyncio
+import os
+import socket
+from pathlib import Path
+
+NAMESPACE = "orchestrate"
+_PROBE_TIMEOUT_S = 2.0
+_connected: list[str] = []
+"""The address this process is connected to, if any."""
+
+
+class ClusterError(Exception):
+    """The Ray cluster cannot be reached or does not answer. Trying again later may help."""
+
+
+class ClusterAuthError(ClusterError):
+    """The Ray cluster does not accept our token."""
+
+
+async def connect(address: str, token_file: Path | None = None) -> None:
+    """Make this process a driver of the cluster at `address` (`host:port`), once.
+
+    A second call with the same address does nothing while the cluster answers; when it was replaced or another address
+    is given, the old connection is closed first. Raises `ClusterError`.
+    """
+    await asyncio.to_thread(_connect, address, token_file)
+
+
+def answers(address: str) -> bool:
+    """True when something listens at `address` (`host:port`)."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_TIMEOUT_S):
+            return True
+    except OSError:
+        return False
+
+
+def raylet_answers() -> bool:
+    """True when the node process this driver is attached to lives."""
+    import ray
+
+    node = ray._private.worker._global_node
+    if node is None:
+        return False
+    try:
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(_PROBE_TIMEOUT_S)
+            probe.connect(node.raylet_socket_name)
+            return True
+    except OSError:
+        return False
+
+
+def _connect(address: str, token_file: Path | None) -> None:
+    if address.startswith("ray://") or not address.rpartition(":")[2].isdigit():
+        raise ClusterError(f"Ray address is `{address}`, wanted `host:port` of the head's control service")
+    if not answers(address):
+        raise ClusterError(
+            f"no Ray cluster answers at `{address}`\n\nhint: `orchestrate status` shows the local services; "
+            "for a cluster of your own, check RAY_ADDRESS"
+        )
+    _set_environment(token_file)
+    import ray
+    from ray.exceptions import AuthenticationError
+
+    if ray.is_initialized():
+        if _connected == [address] and raylet_answers():
+            return
+        ray.shutdown()
+    _connected.clear()
+    try:
+        ray.init(address, namespace=NAMESPACE, log_to_driver=False, logging_level="error")
+    except (AuthenticationError, PermissionError) as error:
+        raise ClusterAuthError(_token_refused(address, token_file)) from error
+    except Exception as error:
+        # Ray raises `ConnectionError`, `RuntimeError` and errors of its own here, some for a wrong token.
+        if any(word in str(error).lower() for word in ("token", "unauthenticated", "authentication")):
+            raise ClusterAuthError(_token_refused(address, token_file)) from error
+        raise ClusterError(
+            f"the Ray cluster at `{address}` does not accept a driver here: {str(error).splitlines()[0]}\n\n"
+            "hint: a Ray node must run on this machine too"
+        ) from error
+
+    _connected.append(address)
+
+
+def _set_environment(token_file: Path | None) -> None:
+    os.environ.setdefault("RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL", "minor")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if token_file is not None:
+        if not token_file.is_file():
+            raise ClusterAuthError(f"Ray token file `{token_file}` does not exist")
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(token_file)
+        os.environ.pop("RAY_AUTH_TOKEN", None)
+
+
+def _token_refused(address: str, token_file: Path | None) -> str:
+    given = f"the token in `{token_file}`" if token_file else "a connection without a token file"
+    return (
+        f"the Ray cluster at `{address}` refuses {given}\n\n"
+        "hint: use the token file the cluster was started with (RAY_AUTH_TOKEN_PATH of its head)"
+    )

@@ -1,0 +1,108 @@
+"""The nouns of placement: what a step asks of a node, and what it tells while it runs."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from steps import Frozen
+
+Amount = Annotated[float, Field(ge=0)]
+
+
+class ResourceShape(Frozen):
+    """What a step needs from its node. Two steps of equal shape may share a warm actor."""
+
+    cpus: Amount = 1.0
+    """CPU cores; fractions are allowed."""
+    gpus: Amount = 0.0
+    """GPUs; fractions are allowed."""
+    memory: Annotated[int, Field(ge=0)] = 0
+    """Bytes; 0 asks for none in particular."""
+    labels: dict[str, str] = {}
+    """Ray node labels the node must have, as Ray's label selectors: `v`, `!v`, `in(a,b)`, `!in(a,b)`."""
+    custom: dict[str, Amount] = {}
+    """Custom Ray resources and how much of each."""
+    image: str = ""
+    """Container image the step's actor runs in; empty is the node's own Python."""
+
+    @property
+    def identity(self) -> str:
+        """Short hash, equal for equal shapes."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
+
+    @property
+    def amounts(self) -> dict[str, float]:
+        """Ray resource name -> amount, without zeros."""
+        wanted = {"CPU": self.cpus, "GPU": self.gpus, "memory": float(self.memory), **self.custom}
+        return {name: amount for name, amount in wanted.items() if amount}
+
+    @property
+    def actor_options(self) -> dict[str, Any]:
+        """The same as Ray actor options."""
+        options: dict[str, Any] = {"num_cpus": self.cpus, "num_gpus": self.gpus, "resources": dict(self.custom)}
+        if self.memory:
+            options["memory"] = self.memory
+        if self.labels:
+            options["label_selector"] = dict(self.labels)
+        return options
+
+    def __str__(self) -> str:
+        parts = [f"{amount:g} {name}" for name, amount in self.amounts.items()]
+        parts += [f"label {name}={value}" for name, value in self.labels.items()]
+        return ", ".join(parts) or "nothing in particular"
+
+
+class Progress(Frozen):
+    """What a running step shows."""
+
+    text: str = ""
+    """What it says it does, or what it waits for."""
+    fraction: float | None = None
+    """Part that is done, 0 to 1."""
+    node: str = ""
+    """Host name of the node."""
+    pid: int = 0
+    last_line: str = ""
+    """Newest line of its logs."""
+
+
+def fits(shape: ResourceShape, amounts: Mapping[str, float], labels: Mapping[str, str]) -> bool:
+    """True when a node with these resources and labels could run the shape."""
+    return not lacking(shape, amounts) and all(
+        _label_matches(selector, labels.get(name)) for name, selector in shape.labels.items()
+    )
+
+
+def lacking(shape: ResourceShape, amounts: Mapping[str, float]) -> set[str]:
+    """Names of the resources of which there is too little."""
+    return {name for name, amount in shape.amounts.items() if amounts.get(name, 0.0) + 1e-9 < amount}
+
+
+def why_infeasible(shape: ResourceShape, nodes: Iterable[Mapping[str, Any]]) -> str:
+    """Sentence for people when no living node (of `ray.nodes()`) could ever run the shape; else an empty text."""
+    alive = [node for node in nodes if node["Alive"]]
+    if any(fits(shape, node["Resources"], node.get("Labels") or {}) for node in alive):
+        return ""
+    offers = "; ".join(_offer(node, shape) for node in alive) or "no node"
+    return (
+        f"no node of the Ray cluster can ever give what the step asks for: wanted {shape}, there is {offers}\n\n"
+        "hint: ask for less, or add a node that has it"
+    )
+
+
+def _offer(node: Mapping[str, Any], shape: ResourceShape) -> str:
+    names = sorted({"CPU", "GPU", *shape.amounts})
+    parts = [f"{node['Resources'].get(name, 0):g} {name}" for name in names]
+    labels = node.get("Labels") or {}
+    parts += [f"label {name}={labels[name]}" if name in labels else f"no label {name}" for name in shape.labels]
+    return f"`{node.get('NodeManagerHostname', '?')}` with {', '.join(parts)}"
+
+
+def _label_matches(selector: str, value: str | None) -> bool:
+    if selector.startswith("!"):
+        return not _label_matches(selector[1:], value)
+    if selector.startswith("in(") and selector.endswith(")"):
+        return value in [choice.strip() for choice in selector[3:-1].split(",")]
+    return value == selector
