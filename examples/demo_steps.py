@@ -114,7 +114,7 @@ def draw_chart(table: str, top: int, output: str) -> dict[str, Any]:
     path = Path(output).resolve() / "packages.png"
     image.save(_replace(path), format="PNG")
     _replace(path).rename(path)
-    return {"picture": str(path)}
+    return {"found": title, "table": table, "picture": str(path)}
 
 
 def count_source(text: str) -> tuple[Counter[str], list[tuple[str, str, int]]]:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes the Python environment of the model: environment.sh FOLDER GPUS
+# Makes the Python environment of the model, for GPUs when $GPUS is not 0: environment.sh FOLDER
 set -euo pipefail
-folder=$1 gpus=$2
+folder=$1
 
 if ! command -v uv >/dev/null; then
   printf 'uv is not found\n\nhint: python -m pip install uv\n' >&2
@@ -11,7 +11,7 @@ export UV_FIND_LINKS=${UV_FIND_LINKS:-${PIP_FIND_LINKS:-}}
 install() { uv pip install --python "$folder/bin/python" "$@"; }
 
 uv venv --allow-existing --python '>=3.11,<3.14' "$folder"
-if ((gpus > 0)); then
+if ((${GPUS:-0} > 0)); then
   install torch --torch-backend=auto
 else
   # A wheel folder (UV_FIND_LINKS) may hold the build for CPUs; PyTorch's own index has it for everyone else.
