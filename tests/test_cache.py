@@ -105,7 +105,7 @@ def test_what_does_not_change_a_result_is_not_in_the_key(plan_dir: Path) -> None
 
 Mutate = Callable[[Path], dict[str, str]]
 INPUTS = Cache(inputs=["data"])
-PYTHON = {"type": "python", "params": {"call": "tools:count"}}
+PYTHON: dict[str, Any] = {"type": "python", "params": {"call": "tools:count"}}
 
 
 @pytest.mark.parametrize(

@@ -185,3 +185,27 @@ async def test_large_values_through_a_real_server(temporal_server: str, tmp_path
     )
     with pytest.raises(PayloadFileError, match="is missing"):
         await other.get_workflow_handle(queue).result()
+
+
+@pytest.mark.temporal
+async def test_run_waits_while_no_worker_has_its_key(temporal_server: str, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text(new_key_line("the-key"))
+    keys.chmod(0o600)
+    environment = {KEYS_VARIABLE: str(keys)}
+    with_key = await Client.connect(temporal_server, data_converter=data_converter(State(tmp_path), environment))
+    without = await Client.connect(temporal_server, data_converter=data_converter(State(tmp_path), {}))
+    with ThreadPoolExecutor(1) as pool:
+        async with Worker(
+            without, task_queue="keys", workflows=[LargeWorkflow], activities=[reverse], activity_executor=pool
+        ):
+            handle = await with_key.start_workflow(LargeWorkflow.run, "abc", id="keys", task_queue="keys")
+            failed = ""
+            while not failed:
+                await asyncio.sleep(0.05)
+                events = (await handle.fetch_history()).events
+                failed = "".join(event.workflow_task_failed_event_attributes.failure.message for event in events)
+    assert "`the-key`, and no keys are configured" in failed
+    status = (await handle.describe()).status
+    assert status is not None and status.name == "RUNNING"
+    await handle.terminate()
