@@ -3,7 +3,8 @@
     StepRequest, Cache, image -> key_fields -> {"params.url": ..., "inputs.data/a.csv": ...} -> digest
 
 Left out because they do not change a result: timeout, retry, log folder, run ids, names. Values of secrets never get
-here. Paths inside the plan's folder are relative to it, so a plan that is moved keeps its cache.
+here. Paths inside the plan's folder are relative to it, so a plan that is moved keeps its cache; only a step that names
+no input, no artifact and no code of the plan's own is bound to the folder it ran for.
 """
 
 import hashlib
@@ -68,12 +69,16 @@ def key_fields(
     if cache.artifacts:
         fields["artifacts"] = _short(json.dumps(sorted(cache.artifacts)))
     try:
-        fields.update(_code(step_type, request, plan_dir, hasher))
+        content = dict(_code_files(step_type, request, plan_dir, hasher))
         for pattern in cache.inputs:
-            fields.update(_input(plan_dir, pattern, hasher))
+            content.update(_input(plan_dir, pattern, hasher))
+        fields[f"code.{step_type.module_name}"] = hasher.hash(step_type.source)
     except OSError as error:
         raise StepError(f"step `{request.step_id}` cannot be looked up in the cache: {error}") from error
-    return dict(sorted(fields.items()))
+    if not content and not cache.artifacts:
+        # Nothing else tells `make` in one project from `make` in another.
+        fields["plan_dir"] = request.plan_dir
+    return dict(sorted({**fields, **content}.items()))
 
 
 def digest(fields: Mapping[str, str]) -> str:
@@ -82,8 +87,9 @@ def digest(fields: Mapping[str, str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _code(step_type: StepType, request: StepRequest, plan_dir: Path, hasher: FileHasher) -> Iterator[tuple[str, str]]:
-    yield f"code.{step_type.module_name}", hasher.hash(step_type.source)
+def _code_files(
+    step_type: StepType, request: StepRequest, plan_dir: Path, hasher: FileHasher
+) -> Iterator[tuple[str, str]]:
     code_files = getattr(step_type.module, "code_files", None)
     if code_files is None:
         return
@@ -91,7 +97,8 @@ def _code(step_type: StepType, request: StepRequest, plan_dir: Path, hasher: Fil
         params = step_type.params.model_validate(request.params)
     except ValidationError as error:
         raise StepError(f"step `{request.step_id}` has params that `{request.type}` refuses: {error}") from None
-    for path in with_local_imports(code_files(params, plan_dir), plan_dir):
+    files = [path for folder in {plan_dir, Path(request.working_dir)} for path in code_files(params, folder)]
+    for path in with_local_imports(files, plan_dir):
         name = path.relative_to(plan_dir) if path.is_relative_to(plan_dir) else path
         yield f"code.{name.as_posix()}", hasher.hash(path)
 

@@ -1,6 +1,7 @@
 """The modules of a plan's own folder that a Python file imports, found in its text: nothing is run."""
 
 import ast
+import os
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +24,9 @@ def with_local_imports(files: list[Path], folder: Path) -> list[Path]:
         if path.suffix == ".py" and path.is_relative_to(folder):
             status = path.stat()
             for module in _imports(path, folder, status.st_mtime_ns, status.st_size):
-                waiting.extend(_module_files(folder, module))
+                # A module is found from the plan's folder, a script's own folder comes first on its path.
+                for root in {folder, path.parent}:
+                    waiting.extend(_module_files(str(root), module))
     return sorted(found)
 
 
@@ -49,9 +52,14 @@ def _names(tree: ast.Module, package: tuple[str, ...]) -> Iterator[str]:
             yield from (f"{base}.{alias.name}".lstrip(".") for alias in node.names)
 
 
-def _module_files(folder: Path, module: str) -> Iterator[Path]:
-    """The module's file and the `__init__.py` of every package it is in."""
-    parts = [part for part in module.split(".") if part]
-    for depth in range(1, len(parts) + 1):
-        path = folder.joinpath(*parts[:depth])
-        yield from (file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file())
+def _module_files(root: str, module: str) -> Iterator[Path]:
+    """The module's file and the `__init__.py` of every package it is in. Plain strings: most imports are not local."""
+    path = root
+    for part in filter(None, module.split(".")):
+        path = f"{path}/{part}"
+        if os.path.isfile(f"{path}.py"):  # noqa: PTH113
+            yield Path(f"{path}.py")
+        if not os.path.isdir(path):  # noqa: PTH112
+            return
+        if os.path.isfile(f"{path}/__init__.py"):  # noqa: PTH113
+            yield Path(f"{path}/__init__.py")

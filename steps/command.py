@@ -1,8 +1,11 @@
 """Run a program directly, without a shell, in the step's working directory."""
 
+import os
 from pathlib import Path
 
 from steps import Context, Frozen, Outputs, StepFailed
+
+SCRIPTS = (".bash", ".jl", ".js", ".lua", ".pl", ".py", ".r", ".rb", ".sh", ".ts")
 
 
 class Params(Frozen):
@@ -17,3 +20,11 @@ def run(params: Params, context: Context) -> Outputs:
     if exit_code != 0:
         raise StepFailed(f"`{Path(params.command).name}` ended with exit code {exit_code}", exit_code)
     return {}
+
+
+def code_files(params: Params, folder: Path) -> list[Path]:
+    """The program and the scripts among its arguments, where they are files of the plan's own."""
+    names = [params.command] if "/" in params.command else []
+    names += [argument for argument in params.args if argument.lower().endswith(SCRIPTS) and len(argument) < 1024]
+    paths = [Path(os.path.normpath(folder / name)) for name in names]
+    return [path for path in paths if path.is_relative_to(folder) and path.is_file()]
