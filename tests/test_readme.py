@@ -1,0 +1,84 @@
+"""What the README shows, runs: its `bash` blocks in their order, in one shell, in a fresh copy of the project."""
+
+import ast
+import os
+import re
+import shutil
+import signal
+import subprocess
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FENCES = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+FOREIGN = ("TEMPORAL_", "RAY_", "ORCHESTRATE_", "VIRTUAL_ENV", "PYTEST_", "MAKE", "MFLAGS")
+
+
+def blocks(language: str) -> list[str]:
+    return [text for found, text in FENCES if found == language]
+
+
+def test_fences_are_of_a_kind_that_is_tested() -> None:
+    assert {language for language, _ in FENCES} == {"", "bash", "python"}
+    # The only fence without a language is the drawing.
+    assert len(blocks("")) == 1
+
+
+def test_links_lead_to_files() -> None:
+    links = re.findall(r"\]\((?!https?://)([^)#]+)\)", README)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_every_example_is_listed() -> None:
+    shown = {path.name for path in (ROOT / "examples").iterdir() if path.suffix in (".yaml", ".json")}
+    assert {name for name in shown - {"plan.schema.json"} if f"examples/{name}" not in README} == set()
+
+
+def test_python_blocks_name_what_exists() -> None:
+    for text in blocks("python"):
+        tree = ast.parse(f"async def shown():\n{textwrap.indent(text, '    ')}")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                module = __import__(node.module, fromlist=[name.name for name in node.names])
+                assert [name.name for name in node.names if not hasattr(module, name.name)] == []
+
+
+@pytest.mark.temporal
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_commands_run_in_a_fresh_copy(tmp_path: Path) -> None:
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    files = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout
+    copy = tmp_path / "sygaldry-ray"
+    for name in filter(None, files.split("\0")):
+        if (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, copy / name)
+    script = ["set -euo pipefail", "trap 'orchestrate down >/dev/null || true; kill $(jobs -p) 2>/dev/null || true' EXIT"]
+    for number, text in enumerate(blocks("bash")):
+        script += [f"echo '== block {number}'", text]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
+    process = subprocess.Popen(
+        ["bash", "-c", "\n".join(script)],
+        cwd=copy,
+        env={**environment, "ORCHESTRATE_HOME": str(tmp_path / "home"), "NO_COLOR": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=840)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(60)
+    assert process.returncode == 0, output
+    assert (copy / "examples" / "output" / "packages.png").is_file(), output
+    assert str(copy / "examples" / "output" / "packages.png") in output
+    assert "hello you" in output
