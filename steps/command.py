@@ -25,6 +25,7 @@ def run(params: Params, context: Context) -> Outputs:
 def code_files(params: Params, folder: Path) -> list[Path]:
     """The program and the scripts among its arguments, where they are files of the plan's own."""
     names = [params.command] if "/" in params.command else []
-    names += [argument for argument in params.args if argument.lower().endswith(SCRIPTS) and len(argument) < 1024]
+    names += [argument for argument in params.args if argument.lower().endswith(SCRIPTS)]
     paths = [Path(os.path.normpath(folder / name)) for name in names]
-    return [path for path in paths if path.is_relative_to(folder) and path.is_file()]
+    # Not `Path.is_file`: an argument that is too long for a file name is no file, and no error.
+    return [path for path in paths if path.is_relative_to(folder) and os.path.isfile(path)]  # noqa: PTH113

@@ -173,7 +173,7 @@ def test_scripts_of_a_command_step(plan_dir: Path) -> None:
     write(plan_dir / "data.csv", "1")
 
     def fields() -> dict[str, str]:
-        arguments = ["tools/count.py", "data.csv", "none.sh", "../outside.py", "x" * 5000 + ".py"]
+        arguments = ["tools/count.py", "data.csv", "none.sh", "../outside.py", "x" * 300 + ".py", "\0.py"]
         return fields_of(plan_dir, params={"command": "./bin/run", "args": arguments})
 
     before = fields()
