@@ -6,6 +6,7 @@ Plain dictionaries, as the gateway sends them: the quick path needs no pydantic.
 something to draw, while the run is already going on.
 """
 
+import os
 import time
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
@@ -170,11 +171,12 @@ class LiveView:
         return live
 
     def _drawn(self, watched: Watched) -> "RenderableType":
-        from rich.console import Group
+        from rich.console import ConsoleDimensions, Group
         from rich.text import Text
 
         assert self._live is not None
-        size = self._live.console.size
+        # Rich asks stdin for the size, which need not be the terminal that is drawn on.
+        self._live.console.size = size = ConsoleDimensions(*os.get_terminal_size(self._stream.fileno()))
         room = max(1, size.height - 3)
         steps = chosen(watched, room)
         hidden = len(watched.steps) - len(steps)

@@ -128,7 +128,9 @@ class LocalConnection:
                         f"the local services do not answer: {lost}",
                         f"see `orchestrate status` and the logs in `{self.state.logs_dir}`",
                     ) from lost
-                self.ensure()
+                if not self.is_up():
+                    self.ensure()
+                    continue
             time.sleep(RECOVERY_PAUSE_S)
 
     def ensure(self) -> None:
