@@ -118,7 +118,10 @@ def _sort(values: Any, reverse: bool = False) -> list[Any]:
 
 
 def _unique(values: Any) -> list[Any]:
-    return list({to_text([value]): value for value in reversed(list(values))}.values())[::-1]
+    first: dict[str, Any] = {}
+    for value in values:
+        first.setdefault(to_text([value]), value)
+    return list(first.values())
 
 
 FILTERS = {
@@ -146,9 +149,8 @@ FILTERS = {
     "upper": lambda value: to_text(value).upper(),
 }
 _TESTS = ("defined", "undefined", "none", "string", "number", "boolean", "mapping", "sequence", "in", "odd", "even")
-_FORBIDDEN: dict[type[nodes.Node], str] = {
-    nodes.Call: "functions cannot be called; use a filter: " + listed(sorted(FILTERS), 30),
-}
+_ENGINE_NAMES = ("self", "super", "loop", "caller", "varargs", "kwargs")
+"""Names Jinja2 gives a meaning of its own."""
 
 
 @lru_cache(maxsize=1)
@@ -189,8 +191,11 @@ def parse(source: str) -> nodes.Expr:
 
 def _check_tree(tree: nodes.Expr) -> None:
     for node in _walk(tree):
-        if type(node) in _FORBIDDEN:
-            raise BadExpression(_FORBIDDEN[type(node)])
+        if isinstance(node, nodes.Call):
+            known = listed(sorted(FILTERS), 30)
+            raise BadExpression(f"functions cannot be called; use a filter: {known}")
+        if isinstance(node, nodes.Name) and node.name in _ENGINE_NAMES:
+            raise BadExpression(f"there is no `{node.name}`")
         if isinstance(node, nodes.Filter) and node.name not in FILTERS:
             close = nearest(node.name, FILTERS)
             known = f"did you mean `{close}`?" if close else f"there are {listed(sorted(FILTERS), 30)}"

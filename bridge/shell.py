@@ -90,6 +90,7 @@ class ShellText:
         self._here_document = False
         self._substitution = False
         self._case = False
+        self._ambiguous = False
         self._escaping = False
         self._last = "\n"
 
@@ -108,6 +109,8 @@ class ShellText:
             raise UnquotablePlace("a here-document")
         if self._case and self._substitution:
             raise UnquotablePlace("a script with both `case` and `$(...)`")
+        if self._ambiguous:
+            raise UnquotablePlace("a script with a `'` inside `${...}` inside double quotes")
         if self._escaping or (place == "plain" and self._last == "$"):
             raise UnquotablePlace("the text after a `\\` or `$`")
         if "backtick" in self._places or place in _REFUSED:
@@ -172,9 +175,10 @@ class ShellText:
                 self._places.pop()
                 return 2
         elif character == "'":
-            # Inside `"${a:-it's}"` it is an ordinary sign.
-            if next(below for below in reversed(self._places) if below != "braces") != "double" or place != "braces":
-                self._places.append("single")
+            # Inside `"${a:-it's}"` it opens a quotation in bash and stands for itself in dash.
+            below = next(outer for outer in reversed(self._places) if outer != "braces")
+            self._ambiguous = self._ambiguous or (place == "braces" and below == "double")
+            self._places.append("single")
         elif character == "}" and place == "braces":
             self._places.pop()
         elif character == "(" and place == "plain":
