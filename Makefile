@@ -29,7 +29,7 @@ check: .venv/.dev ## formatting, lint, types, layers, shell scripts
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/shellcheck $(SCRIPTS)
+	$(BIN)/shellcheck --external-sources --source-path=SCRIPTDIR $(SCRIPTS)
 
 test: .venv/.dev ## run the tests (TESTS="tests/test_x.py -k y" for some of them)
 	$(BIN)/pytest $(TESTS)

@@ -35,7 +35,7 @@ FLOORS: dict[str, tuple[str, ...]] = {"floor: activity": (), "floor: activity ru
 OURS: dict[str, dict[str, Any]] = {
     "ours: command `true`": {"type": "command", "command": "true"},
     "ours: python": NO_OP,
-    "ours: python on a Ray actor": {**NO_OP, "resources": {"cpus": 0.1}},
+    "ours: python on a Ray actor": {**NO_OP, "resources": {"cpus": 1}},
 }
 
 

@@ -58,7 +58,7 @@ class System(Protocol):
         """One run from the shell, with nothing started before; seconds."""
 
     def memory_mb(self) -> dict[str, float]:
-        """Resident memory by process name."""
+        """Memory by process name; pages that processes share count once."""
 
     def close(self) -> None:
         """Leave no process and no file."""
@@ -154,8 +154,8 @@ class Ours:
             '"""A step that does nothing."""\n\n\ndef nothing() -> None:\n    """Return."""\n'
         )
         self._orchestrate("up", limit_s=START_LIMIT_S)
-        # The first run starts what the step needs: Ray and its first actors.
-        self.measure("fan", 4, START_LIMIT_S)
+        # The first run starts what the step needs: Ray and its actors.
+        self.measure("fan", 8, START_LIMIT_S)
 
     def measure(self, shape: str, count: int, limit_s: float) -> Sample | None:
         plan = self._write_plan(shape, count)
@@ -232,7 +232,7 @@ class Ours:
 
 
 def _add(found: dict[str, float], name: str, process: psutil.Process) -> None:
-    found[name] = round(found.get(name, 0.0) + process.memory_info().rss / 1e6, 1)
+    found[name] = round(found.get(name, 0.0) + process.memory_full_info().pss / 1e6, 1)
 
 
 def _short_name(command: list[str]) -> str:

@@ -32,7 +32,7 @@ def print_tables(results: list[Result], memory: dict[str, dict[str, float]]) -> 
             if any(row):
                 table.add_row(system, *row)
         console.print(table)
-    table = Table("", "process", "MB", title="resident memory after the largest fan", title_justify="left")
+    table = Table("", "process", "MB", title="memory after the largest fan", title_justify="left")
     for system, processes in memory.items():
         for name, size in processes.items():
             table.add_row(system, name, f"{size:.0f}")

@@ -58,7 +58,10 @@ def test_commands_run_in_a_fresh_copy(tmp_path: Path) -> None:
         if (ROOT / name).is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, copy / name)
-    script = ["set -euo pipefail", "trap 'orchestrate down >/dev/null || true; kill $(jobs -p) 2>/dev/null || true' EXIT"]
+    script = [
+        "set -euo pipefail",
+        "trap 'orchestrate down >/dev/null || true; kill $(jobs -p) 2>/dev/null || true' EXIT",
+    ]
     for number, text in enumerate(blocks("bash")):
         script += [f"echo '== block {number}'", text]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
