@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from temporalio import activity
-from temporalio.client import Client, WorkflowExecutionStatus
+from temporalio.client import WorkflowExecutionStatus
 from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError
 
@@ -42,8 +42,7 @@ Place = Callable[[StepCall], Dispatch]
 class Activities:
     """The activities of one worker, with what they need."""
 
-    def __init__(self, client: Client, place: Place, cache: StepCache, secrets_dir: Path) -> None:
-        self._client = client
+    def __init__(self, place: Place, cache: StepCache, secrets_dir: Path) -> None:
         self._place = place
         self._cache = cache
         self._secrets_dir = secrets_dir
@@ -64,7 +63,7 @@ class Activities:
             if call.look_up and (found := self._cache.find(digest(fields), plan_dir=request.plan_dir)) is not None:
                 return found
         self._write_started(request)
-        result = await attend(lambda: self._attach(call), self._client)
+        result = await attend(lambda: self._attach(call))
         self._write_finished(request, result)
         if call.cache is not None:
             await asyncio.to_thread(keep, call, fields, result, self._cache)
@@ -164,7 +163,7 @@ class Activities:
             log.warning("event not written: %s", error)
 
 
-async def attend(attach: Callable[[], Awaitable[Handle]], client: Client) -> StepResult:
+async def attend(attach: Callable[[], Awaitable[Handle]]) -> StepResult:
     """Heartbeat while a step is attached to and runs; cancel it when asked to, let it be when this worker stops."""
     progress = Progress()
     handle: Handle | None = None
@@ -183,7 +182,7 @@ async def attend(attach: Callable[[], Awaitable[Handle]], client: Client) -> Ste
         handle = await attach()
         return await handle.wait(show)
     except asyncio.CancelledError:
-        if not await _is_wanted_dead(client):
+        if not await _is_wanted_dead():
             raise
         if handle is None:
             return StepResult(outcome="cancelled", reason="cancelled", error="cancelled before it started")
@@ -192,7 +191,7 @@ async def attend(attach: Callable[[], Awaitable[Handle]], client: Client) -> Ste
         beating.cancel()
 
 
-async def _is_wanted_dead(client: Client) -> bool:
+async def _is_wanted_dead() -> bool:
     """True for a cancel of the step. False where it goes on: this worker stops, or the run continues as new."""
     details = activity.cancellation_details()
     if details is None or details.cancel_requested:
@@ -201,7 +200,8 @@ async def _is_wanted_dead(client: Client) -> bool:
         return False
     info = activity.info()
     try:
-        description = await client.get_workflow_handle(info.workflow_id or "", run_id=info.workflow_run_id).describe()
+        handle = activity.client().get_workflow_handle(info.workflow_id or "", run_id=info.workflow_run_id)
+        description = await handle.describe()
     except RPCError:
         return False
     return description.status not in (WorkflowExecutionStatus.RUNNING, WorkflowExecutionStatus.CONTINUED_AS_NEW)

@@ -45,7 +45,7 @@ from steps import Progress
 TASK_QUEUE = "orchestration"
 _POLL_S = 0.1
 _PROGRESS_S = 0.5
-_STATES = {
+_STATES: dict[WorkflowExecutionStatus | None, RunState] = {
     WorkflowExecutionStatus.RUNNING: "running",
     WorkflowExecutionStatus.COMPLETED: "succeeded",
     WorkflowExecutionStatus.FAILED: "failed",
@@ -211,7 +211,7 @@ class Client:
                     workflow_id=execution.id,
                     run_id=execution.raw_info.first_run_id or execution.run_id,
                     plan=str(memo.get("plan", "")),
-                    state=_STATES[execution.status],  # type: ignore[arg-type]
+                    state=_STATES[execution.status],
                     started_at=execution.start_time.timestamp(),
                     finished_at=execution.close_time.timestamp() if execution.close_time else None,
                 )
@@ -297,7 +297,7 @@ class Client:
         from bridge.state import write_private
         from steps._secrets import is_known
 
-        names = {name for step in run.plan.steps for name in dict(step.secrets).values()}
+        names = {name for step in run.plan.steps for name in step.secret_variables.values()}
         if not self._local or not names:
             return
         folder = self.state.secrets_dir / "runs" / workflow_id
@@ -367,7 +367,7 @@ class Client:
     async def _newest(self, workflow_id: str) -> str:
         """Run id of the newest run with this workflow id: that of its first execution."""
         description = await self._found(self.temporal.get_workflow_handle(workflow_id).describe(), workflow_id)
-        return description.raw_description.workflow_execution_info.first_run_id or description.run_id
+        return str(description.raw_description.workflow_execution_info.first_run_id or description.run_id)
 
     async def _input(self, handle: WorkflowHandle[Any, Any]) -> RunInput:
         async for event in handle.fetch_history_events(page_size=1):

@@ -35,8 +35,8 @@ class Placement:
     def on_ray(self, wanted: ResourceShape) -> Dispatch:
         """Ray nodes that have what is wanted."""
         if self._ray is None:
-            self._ray = RayDispatch(self._locate, driver_log=self._state.log_file("ray-driver"))
-        return _OnRay(self._ray, wanted)
+            self._ray = ray_dispatch(self._state)
+        return OnRay(self._ray, wanted)
 
     async def close(self) -> None:
         """Let go of everything; running steps stay."""
@@ -44,15 +44,8 @@ class Placement:
         if self._ray is not None:
             await self._ray.close()
 
-    async def _locate(self) -> RayLocation:
-        """The cluster the environment names, else the local Ray."""
-        if address := os.environ.get("RAY_ADDRESS"):
-            return RayLocation(address=address, token_file=os.environ.get("RAY_AUTH_TOKEN_PATH", ""))
-        ray = await asyncio.to_thread(start_ray, self._state)
-        return RayLocation(address=ray.address, token_file=str(ray.token_file))
 
-
-class _OnRay:
+class OnRay:
     """The dispatch of steps of one shape."""
 
     def __init__(self, ray: RayDispatch, wanted: ResourceShape) -> None:
@@ -73,6 +66,18 @@ class _RayHandle:
     async def cancel(self) -> StepResult:
         await self._handle.cancel()
         return await self._handle.wait()
+
+
+def ray_dispatch(state: State) -> RayDispatch:
+    """Steps on the cluster that `RAY_ADDRESS` names, else on the local Ray, which is started when first needed."""
+
+    async def locate() -> RayLocation:
+        if address := os.environ.get("RAY_ADDRESS"):
+            return RayLocation(address=address, token_file=os.environ.get("RAY_AUTH_TOKEN_PATH", ""))
+        ray = await asyncio.to_thread(start_ray, state)
+        return RayLocation(address=ray.address, token_file=str(ray.token_file))
+
+    return RayDispatch(locate, driver_log=state.log_file("ray-driver"))
 
 
 def shape(resources: Resources | None, image: str) -> ResourceShape:

@@ -162,6 +162,11 @@ class Step(Frozen):
     """Names of the outputs this step must write."""
     cache: bool | Cache | None = None
 
+    @property
+    def secret_variables(self) -> dict[str, str]:
+        """Environment variable -> name of the secret."""
+        return _variables(self.secrets)
+
 
 class Plan(Frozen):
     """A whole plan."""
@@ -209,5 +214,4 @@ def _with_defaults(step: Step, plan: Plan, defaults: Defaults) -> Step:
 
 
 def _variables(secrets: list[str] | dict[str, str]) -> dict[str, str]:
-    """Environment variable -> secret name."""
     return dict(secrets) if isinstance(secrets, dict) else {name: name for name in secrets}

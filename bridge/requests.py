@@ -36,7 +36,7 @@ def step_call(
             type=step.type,
             params=render_params(find(step.type).params, step.params, own),
             env=_texts(env),
-            secrets=dict(step.secrets),
+            secrets=step.secret_variables,
             plan_dir=run.plan_dir,
             working_dir=str(PurePosixPath(run.plan_dir) / working_dir),
             log_dir=run.log_dir,

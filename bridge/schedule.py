@@ -13,6 +13,7 @@ from typing import Any
 
 from bridge.plan import Condition, Plan, Step
 from bridge.report import StepReport
+from steps._request import Outcome
 
 MOST_IN_FLIGHT = 500
 """Temporal hangs a workflow with more than 2,000 pending activities without an error; far below it is also fastest."""
@@ -87,10 +88,10 @@ class Schedule:
         self._decidable = deque(group for group in self._groups.values() if not group.waits_for)
         self._decide_all()
 
-    def ready(self) -> list[Instance]:
-        """Instances to start now, within every limit; they count as in flight from here on."""
-        started = []
-        while self._queue and len(self._in_flight) < self._most_in_flight():
+    def ready(self, most: int = MOST_IN_FLIGHT) -> list[Instance]:
+        """Instances to start now, at most `most` and within every limit; they count as in flight from here on."""
+        started: list[Instance] = []
+        while self._queue and len(started) < most and len(self._in_flight) < self._most_in_flight():
             instance = self._queue.popleft()
             group = self._groups[instance.step.id]
             if self.stopped and not group.started_after_stop:
@@ -155,7 +156,7 @@ class Schedule:
         """Number of instances known so far; a step whose matrix is not known yet counts as one."""
         return sum(max(1, len(group.instances)) for group in self._groups.values())
 
-    def outcome(self) -> str:
+    def outcome(self) -> Outcome:
         """Outcome of the whole run, once done."""
         if self.stopped == "cancelled":
             return "cancelled"

@@ -49,7 +49,7 @@ async def serve(
     local.start()
     placement = Placement(local, state)
     temporal = await _connect(address, namespace, state, connect_timeout_s)
-    activities = Activities(temporal, placement.choose, StepCache(state.cache_file), state.secrets_dir)
+    activities = Activities(placement.choose, StepCache(state.cache_file), state.secrets_dir)
     worker = Worker(
         temporal,
         task_queue=task_queue,

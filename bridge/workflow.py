@@ -23,6 +23,7 @@ from bridge.report import AttemptReport, RunProgress, RunReport, StepReport, Ste
 from bridge.requests import run_scope, step_call
 from bridge.schedule import Instance, Schedule
 from steps import StepError, StepResult
+from steps._request import Outcome
 
 HEARTBEAT_TIMEOUT = timedelta(seconds=1.5)
 """A killed worker is noticed after this time at most."""
@@ -30,6 +31,8 @@ LONGEST_HISTORY = 8_000
 """Events after which the run goes on in a new execution; Temporal's own limit is 51,200."""
 MOST_INFRASTRUCTURE_ATTEMPTS = 3
 """Attempts lost to a dead actor, node or process, whatever the plan's own `retry` says."""
+MOST_STARTED_AT_ONCE = 100
+"""Steps started in one workflow task: a task that takes 2 s counts as a deadlock, and machines can be busy."""
 _FOREVER = timedelta(days=365)
 _UNTIL_ATTACHED = RetryPolicy(
     initial_interval=timedelta(milliseconds=100), backoff_coefficient=1.5, maximum_interval=timedelta(seconds=2)
@@ -63,7 +66,7 @@ class PlanWorkflow:
         )
         for report in self._schedule.reports():
             self._show(report)
-        self._outcome = ""
+        self._outcome: Outcome | None = None
 
     @workflow.run
     async def run(self, run: RunInput) -> RunReport:
@@ -96,7 +99,7 @@ class PlanWorkflow:
             workflow_id=self._workflow_id,
             run_id=self._run_id,
             plan=self._run.plan.name,
-            state=self._outcome or "running",  # type: ignore[arg-type]
+            state=self._outcome or "running",
             started_at=self._started_at,
             sequence=self._sequence,
             total=total,
@@ -126,9 +129,13 @@ class PlanWorkflow:
     async def _drive(self) -> None:
         """Start what is ready until every step has its outcome."""
         while True:
-            for instance in self._schedule.ready():
+            for instance in (ready := self._schedule.ready(MOST_STARTED_AT_ONCE)):
                 self._start(instance)
             self._record_decided()
+            if len(ready) == MOST_STARTED_AT_ONCE:
+                # A short timer ends this workflow task: the first steps run while the next ones are prepared.
+                await asyncio.sleep(0.001)
+                continue
             if self._schedule.done:
                 return
             if self._is_history_long():
@@ -196,7 +203,7 @@ class PlanWorkflow:
         if number > 1 or instance.id in self._looked_up:
             call = call.model_copy(update={"look_up": False})
         try:
-            return await workflow.execute_activity(
+            result: StepResult = await workflow.execute_activity(
                 "run_step",
                 call,
                 result_type=StepResult,
@@ -207,6 +214,7 @@ class PlanWorkflow:
                 cancellation_type=ActivityCancellationType.WAIT_CANCELLATION_COMPLETED,
                 summary=instance.name,
             )
+            return result
         except asyncio.CancelledError:
             return StepResult(outcome="cancelled", reason="cancelled", error="cancelled before it started")
         except ActivityError as error:
@@ -264,7 +272,7 @@ class PlanWorkflow:
             workflow_id=self._workflow_id,
             run_id=self._run_id,
             plan=self._run.plan.name,
-            outcome=self._outcome or "not_run",  # type: ignore[arg-type]
+            outcome=self._outcome or "not_run",
             started_at=self._started_at,
             finished_at=now,
             duration_s=round(now - self._started_at, 6),
