@@ -26,11 +26,13 @@ class Param(Frozen):
     """A value given by whoever runs the plan (`-p name=value`)."""
 
     type: ParamType = "string"
+    """How the value is read and checked."""
     default: Any = None
     """Without a default the param must be given."""
     choices: list[Any] = []
     """Allowed values; empty allows all of the type."""
     description: str = ""
+    """Shown when the value is missing."""
 
     @property
     def required(self) -> bool:
@@ -81,11 +83,17 @@ class Condition(Frozen):
     """When a step runs: one of the forms below. `when: always` is short for `{always: true}`."""
 
     all: list["Condition"] | None = None
+    """Every one holds."""
     any: list["Condition"] | None = None
+    """At least one holds."""
     always: Literal[True] | None = None
+    """Run whatever happened."""
     step: str | None = None
+    """Id of the step to look at."""
     status: Status | None = None
+    """How that step must have ended."""
     exit_code: int | list[int] | None = None
+    """Exit code, or any of several, of its process."""
     outputs: dict[str, Any] | None = None
     """Output names and the values they must have."""
 
@@ -127,7 +135,7 @@ class Defaults(Frozen):
 
 
 class Step(Frozen):
-    """One step. The fields of its type stand in the block of its name (`download: {...}`), for `command` on the step."""
+    """One step. The fields of its type stand in the block of its name (`download: {...}`), those of `command` here."""
 
     id: str
     """Unique in the plan; names the step's logs."""
@@ -138,18 +146,23 @@ class Step(Frozen):
     params: dict[str, Any] = {}
     """The fields of the step type."""
     depends_on: list[str] = []
+    """Ids of the steps that must succeed first."""
     when: Condition | None = None
+    """Runs the step by what others came to, instead of by their success."""
     timeout_seconds: Annotated[float, Field(ge=0)] | None = None
     """Per attempt; 0 or nothing means 7200."""
     allow_failure: bool | None = None
     """The run goes on when this step fails."""
     env: dict[str, str] = {}
+    """Environment variables of the step."""
     working_dir: str | None = None
     """Relative to the plan's folder, which is also the default."""
     resources: Resources | None = None
+    """What the step needs; naming any sends it to Ray."""
     image: str | None = None
     """Container image the step's Ray actor runs in."""
     retry: Retry | None = None
+    """When a failed attempt is followed by another."""
     matrix: dict[str, list[Any] | str] | None = None
     """One instance per combination; a value is a list or a template that renders to one."""
     max_parallel: Annotated[int, Field(ge=1)] | None = None
@@ -161,6 +174,7 @@ class Step(Frozen):
     outputs: list[str] = []
     """Names of the outputs this step must write."""
     cache: bool | Cache | None = None
+    """Do not run the step again while all that it depends on is unchanged."""
 
     @property
     def secret_variables(self) -> dict[str, str]:
@@ -174,18 +188,25 @@ class Plan(Frozen):
     name: str = ""
     """The plan file's name by default."""
     description: str = ""
+    """What the plan is for."""
     log_dir: str | None = None
     """Root of the logs, relative to the plan's folder."""
     params: dict[str, Param] = {}
+    """Values given by whoever runs the plan."""
     env: dict[str, str] = {}
+    """Environment variables of every step."""
     secrets: list[str] | dict[str, str] = []
+    """Secrets every step gets, in the form of a step's `secrets`."""
     defaults: Defaults = Defaults()
+    """Values for steps that do not set their own."""
     image: str | None = None
+    """Container image for the Ray actors of steps that name none."""
     max_parallel: Annotated[int, Field(ge=1)] | None = None
     """Most steps at a time."""
     on_failure: Literal["finish", "cancel"] = "finish"
     """What happens to running steps when another fails."""
     steps: Annotated[list[Step], Field(min_length=1)]
+    """The steps, in any order."""
 
 
 def with_defaults(plan: Plan) -> Plan:

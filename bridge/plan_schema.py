@@ -23,6 +23,8 @@ def plan_schema() -> Schema:
         "description": "When the step runs.",
         "anyOf": [{"const": "always"}, definitions["Condition"]],
     }
+    for name, part in definitions["Defaults"]["properties"].items():
+        part.setdefault("description", definitions["Step"]["properties"][name].get("description", ""))
     types = step_types()
     for step_type in types.values():
         definitions.update(_params_definitions(step_type))
