@@ -47,10 +47,7 @@ def check_plan(plan: Plan, file: str = "") -> tuple[Problem, ...]:
 
 
 def find_problems(plan: Plan) -> list[Finding]:
-    """Everything that is wrong with a plan, or doubtful, in no particular order.
-
-    A step without an id is one that could not be read: it is not looked at.
-    """
+    """Everything that is wrong with a plan, or doubtful, in no particular order."""
     return list(_Checks(plan).run())
 
 
@@ -98,8 +95,6 @@ class _Checks:
         return self.types[name]
 
     def _type(self, index: int, step: Step) -> tuple[StepType | None, list[Finding]]:
-        if not step.type:
-            return None, []
         step_type, message, hint = self._load(step.type)
         return step_type, [] if step_type is not None else [Finding(("steps", index, "type"), message, hint)]
 
@@ -121,8 +116,6 @@ class _Checks:
         instances = {log_name(step.id).casefold(): step for step in self.plan.steps if step.matrix is not None}
         for index, step in enumerate(self.plan.steps):
             path = ("steps", index, "id")
-            if not step.id:
-                continue
             fault = _bad_id(step.id)
             if fault:
                 yield Finding(path, fault)
