@@ -39,12 +39,13 @@ from bridge.params import resolve_params
 from bridge.plan import Plan, with_defaults
 from bridge.reader import LoadedPlan, read_plan_text, read_steps_json_text
 from bridge.report import RunProgress, RunReport, RunSummary, StepState, with_tails
+from bridge.report import State as RunState
 from bridge.state import State
 from steps import Progress
 
 TASK_QUEUE = "orchestration"
 _POLL_S = 0.1
-_PROGRESS_S = 0.5
+
 _STATES: dict[WorkflowExecutionStatus | None, RunState] = {
     WorkflowExecutionStatus.RUNNING: "running",
     WorkflowExecutionStatus.COMPLETED: "succeeded",

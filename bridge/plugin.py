@@ -94,7 +94,7 @@ class RayPlugin(SimplePlugin):
 def _next_attempt(calls_dir: Path) -> int:
     """The attempt that is running, or whose result nobody has seen, else a new one.
 
-    Temporal counts a lost worker and a failed call alike; only a failure that was reported is followed by a new attempt.
+    Temporal counts a lost worker and a failed call alike; only a reported failure is followed by a new attempt.
     """
     number = 1
     while (calls_dir / f"attempt-{number}" / _DELIVERED).exists():

@@ -96,6 +96,7 @@ class Schedule:
             group = self._groups[instance.step.id]
             if self.stopped and not group.started_after_stop:
                 self._record(instance, "not_run", self.stopped, f"not started: the run was {_STOP_WORDS[self.stopped]}")
+                self._decide_all()
                 continue
             limits = self._limits(instance)
             full = next((name for name, most in limits if self._held.get(name, 0) >= most), None)
