@@ -176,7 +176,8 @@ class LiveView:
 
         assert self._live is not None
         # Rich asks stdin for the size, which need not be the terminal that is drawn on.
-        self._live.console.size = size = ConsoleDimensions(*os.get_terminal_size(self._stream.fileno()))
+        cells, lines = os.get_terminal_size(self._stream.fileno())
+        self._live.console.size = size = ConsoleDimensions(cells or 80, lines or 24)
         room = max(1, size.height - 3)
         steps = chosen(watched, room)
         hidden = len(watched.steps) - len(steps)

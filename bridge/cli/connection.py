@@ -181,6 +181,7 @@ class RemoteConnection:
         self._target: dict[str, Any] = {"address": address, "namespace": namespace, "task_queue": task_queue}
         self._client: Any = None
         self._loop: Any = None
+        self._thread: Any = None
 
     def is_up(self) -> bool:
         """Nothing is ever started in this mode."""
@@ -197,9 +198,13 @@ class RemoteConnection:
             raise CallError(type(error).__name__, str(error), names) from error
 
     def close(self) -> None:
-        """Stop the loop."""
+        """End what is still asked for, and the loop."""
         if self._loop is not None:
+            self._run(_cancel_others())
             self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(ANSWER_TIMEOUT_S)
+            self._loop.close()
+            self._loop = self._client = None
 
     def _run(self, work: "Coroutine[Any, Any, Any]") -> Any:
         # The loop has a thread of its own: Ctrl-C then interrupts the wait here and never the loop.
@@ -208,12 +213,22 @@ class RemoteConnection:
 
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
-            threading.Thread(target=self._loop.run_forever, name="connection", daemon=True).start()
+            self._thread = threading.Thread(target=self._loop.run_forever, name="connection", daemon=True)
+            self._thread.start()
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
         finally:
             future.cancel()
+
+
+async def _cancel_others() -> None:
+    import asyncio
+
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 async def _connected(target: dict[str, Any]) -> Any:
