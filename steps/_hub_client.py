@@ -51,10 +51,11 @@ def _progress_bar(path: str) -> type[Any]:
             """Nothing on the terminal."""
 
         def update(self, n: float | None = 1) -> bool | None:
-            """Count, and tell at most twice a second."""
+            """Count, and tell twice a second and when all bytes known so far are there."""
             shown = super().update(n)
             now = time.monotonic()
-            if self.unit == "B" and self.total and self.n and now - FileProgress.written_at > 0.5:
+            due = now - FileProgress.written_at > 0.5 or self.n >= (self.total or 0)
+            if self.unit == "B" and self.total and self.n and due:
                 FileProgress.written_at = now
                 text = f"{self.n / 1e6:.1f} of {self.total / 1e6:.1f} MB"
                 _write(path, {"text": text, "fraction": min(1.0, self.n / self.total)})
