@@ -1,11 +1,14 @@
 """The environment of a step: an allow-list of the node's own, then what the plan declares, then secrets."""
 
 import fnmatch
+import functools
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from steps._files import OUTPUTS
 from steps._process import STEP_KEY_VARIABLE
 from steps._request import StepRequest
 
@@ -29,13 +32,7 @@ def step_environment(
     request: StepRequest, secrets: Mapping[str, str], attempt_dir: Path, gpus: Sequence[str]
 ) -> dict[str, str]:
     """The whole environment of one attempt. Declared variables win over the node's, secrets over both."""
-    extra = [name.strip() for name in os.environ.get("ORCHESTRATE_ENV_ALLOW", "").split(",") if name.strip()]
-    patterns = [*ALLOWED, *extra]
-    node = {
-        name: value
-        for name, value in os.environ.items()
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-    }
+    node = node_environment()
     node["PATH"] = _with_own_programs(node.get("PATH", os.defpath))
     if gpus:
         node["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
@@ -43,14 +40,26 @@ def step_environment(
         **node,
         **request.env,
         **{variable: secrets[name] for variable, name in request.secrets.items()},
-        OUTPUTS_VARIABLE: str(attempt_dir / "outputs.jsonl"),
+        OUTPUTS_VARIABLE: str(attempt_dir / OUTPUTS),
         "STEP_ID": request.step_id,
         "STEP_ATTEMPT": str(request.attempt),
         STEP_KEY_VARIABLE: request.key,
     }
 
 
+def node_environment() -> dict[str, str]:
+    """What of this process's environment every step sees."""
+    is_allowed = _allowed(os.environ.get("ORCHESTRATE_ENV_ALLOW", "")).match
+    return {name: value for name, value in os.environ.items() if is_allowed(name)}
+
+
+@functools.lru_cache(maxsize=8)
+def _allowed(extra: str) -> re.Pattern[str]:
+    patterns = [*ALLOWED, *(name.strip() for name in extra.split(",") if name.strip())]
+    return re.compile("|".join(map(fnmatch.translate, patterns)))
+
+
 def _with_own_programs(path: str) -> str:
     """PATH that finds `python` and the tools installed beside us even when nobody activated the environment."""
-    own = str(Path(sys.executable).parent)
+    own = os.path.dirname(sys.executable)  # noqa: PTH120 - on the path of every step
     return path if own in path.split(os.pathsep) else f"{own}{os.pathsep}{path}"

@@ -22,21 +22,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from steps import _registry
 from steps._contract import Outputs, StepCancelled, StepError, StepFailed, StepTimedOut
 from steps._environment import step_environment
 from steps._files import HOST, OUTPUTS, PROGRESS, RESULT, write_once, write_whole
-from steps._logs import AttemptLogs, captured
-from steps._masking import mask_text
-from steps._process import become_subreaper, descendants, end, end_children, kill_leftovers
+from steps._logs import AttemptLogs, Capture
+from steps._masking import mask_text, mask_value
+from steps._process import become_subreaper, descendants, end, end_children, identity, is_alive, kill_leftovers, marked
 from steps._request import Outcome, StepRequest, StepResult
 from steps._secrets import resolve_secrets
 
 LARGEST_OUTPUTS = 1_000_000
 """Bytes of JSON a step may give as outputs; what is larger belongs in a file whose path is an output."""
 _PROGRESS_INTERVAL_S = 0.1
+_SHORTEST_GRACE_S = 0.5
+"""Time our own code gets to leave, also when the step's grace period is shorter."""
 
 
 class AlreadyStarted(Exception):
@@ -51,7 +51,7 @@ class Host:
     ) -> None:
         self.request = request
         self.attempt_dir = folder
-        self.gpus = tuple(gpus)
+        self.gpus: Sequence[str] = tuple(gpus)
         self.node = node or socket.gethostname()
         self.key = request.key
         self.attempt = request.attempt
@@ -59,16 +59,20 @@ class Host:
         self.plan_dir = Path(request.plan_dir)
         self.working_dir = Path(request.working_dir)
         self.env: Mapping[str, str] = {}
+        self.declared_env: Mapping[str, str] = {}
         self.secrets: Mapping[str, str] = {}
         self.result: StepResult | None = None
         self.stuck = False
         """True when `run` did not return in time after a cancel: this process is of no further use."""
         self._isolated = isolated
         self._logs: AttemptLogs | None = None
+        self._capture: Capture | None = None
         self._thread = threading.get_ident()
         self._lock = threading.Lock()
         self._ending: type[StepCancelled] | None = None
-        self._wake = threading.Event()
+        self._inside = False
+        """True while the step's own code runs: only then is it interrupted."""
+        self._interrupt_lock = threading.Lock()
         self._left = threading.Event()
         self._callbacks: list[Callable[[], None]] = []
         self._progress_at = 0.0
@@ -78,24 +82,22 @@ class Host:
         """Run the attempt and return how it ended. Raises `AlreadyStarted`; a step's own errors become the result."""
         self._claim()
         if self.attempt > 1:
-            kill_leftovers(self.request.step_key, except_pid=os.getpid())
+            kill_leftovers(self.request.step_key, before_attempt=self.attempt)
         become_subreaper()
         self._thread = threading.get_ident()
-        watchdog = threading.Thread(target=self._watch, name="step-watchdog", daemon=True)
         try:
-            secret_names = self.request.secrets.values()
-            self.secrets = resolve_secrets(secret_names, self.request.workflow_id)
+            self.secrets = resolve_secrets(self.request.secrets.values(), self.request.workflow_id)
             self.env = step_environment(self.request, self.secrets, self.attempt_dir, self.gpus)
-            self._logs = AttemptLogs(self.request, self.attempt_dir, list(self.secrets.values()))
+            self.declared_env = {name: self.env[name] for name in (*self.request.env, *self.request.secrets)}
         except StepError as error:
-            self._finish("failed", "error", str(error), final=True)
+            self._end_with(error)
             return self._publish()
-        watchdog.start()
-        try:
-            self._run_captured(self._logs)
-        finally:
-            self._left.set()
-            self._wake.set()
+        self._logs = AttemptLogs(self.request, self.attempt_dir, list(self.secrets.values()))
+        with marked(self.key), Capture(self._logs, self.request.timeout_s, self._on_alarm) as self._capture:
+            if self._ending is not None:
+                self._capture.ring()
+            self._run_step()
+            end_children(0 if self._ending is None else self.grace_s)
         return self._publish()
 
     def cancel(self) -> None:
@@ -113,13 +115,16 @@ class Host:
             raise self._ending
 
     def on_cancel(self, callback: Callable[[], None]) -> None:
-        """Call `callback` when the attempt must end early."""
+        """Call `callback` when the attempt must end early; at once when it must already."""
         self._callbacks.append(callback)
+        if self._ending is not None:
+            self._call_back()
+            self.check_cancelled()
 
     def log(self, message: str, stream: str = "stdout") -> None:
         """Write a line to the attempt's log."""
         assert self._logs is not None
-        self._logs.write(stream, f"{message}\n".encode())
+        self._logs.write(stream, f"{message}\n".encode(errors="backslashreplace"))
 
     def heartbeat(self, progress: str | Mapping[str, Any]) -> None:
         """Publish progress to `progress.json`, at most ten times a second."""
@@ -128,7 +133,7 @@ class Host:
             return
         self._progress_at = now
         value = {"text": progress} if isinstance(progress, str) else dict(progress)
-        write_whole(self.attempt_dir / PROGRESS, mask_text(json.dumps(value), self.secrets.values()))
+        write_whole(self.attempt_dir / PROGRESS, json.dumps(mask_value(value, self.secrets.values())))
 
     def run_process(
         self,
@@ -159,52 +164,83 @@ class Host:
         self.check_cancelled()
         return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
-    def _claim(self) -> None:
-        self.attempt_dir.mkdir(parents=True, exist_ok=True)
-        process = psutil.Process()
-        host = {"pid": process.pid, "created_at": process.create_time(), "node": self.node, "isolated": self._isolated}
-        if not write_once(self.attempt_dir / HOST, json.dumps(host)):
-            raise AlreadyStarted(self.key)
-
     def interrupt(self) -> None:
-        """Raise in the calling thread if `run` is still inside the step and must end; for signal handlers."""
-        if not self._left.is_set():
+        """Raise in the calling thread if the step's own code runs in it and must end; for signal handlers."""
+        if self._inside:
             self.check_cancelled()
 
-    def _run_captured(self, logs: AttemptLogs) -> None:
-        with captured(logs):
+    def _claim(self) -> None:
+        claim = {
+            **identity(),
+            "key": self.key,
+            "node": self.node,
+            "isolated": self._isolated,
+            "started_at": self._started_at,
+        }
+        try:
+            is_first = write_once(self.attempt_dir / HOST, json.dumps(claim))
+        except FileNotFoundError:
+            self.attempt_dir.mkdir(parents=True, exist_ok=True)
+            is_first = write_once(self.attempt_dir / HOST, json.dumps(claim))
+        if not is_first:
+            raise AlreadyStarted(self.key)
+
+    def _run_step(self) -> None:
+        """Run the step's code and decide the result. At most one interrupt is ever sent, and none once we have left."""
+        try:
             try:
                 with self._own_surroundings():
+                    self._inside = True
+                    self.check_cancelled()
                     step_type = _registry.find(self.request.type)
                     params = step_type.params.model_validate(self.request.params)
                     outputs = step_type.run(params, self) or {}
-                    # A cancel that arrives from here on is too late: the work is done.
-                    self._left.set()
-                self._finish("succeeded", outputs=self._all_outputs(outputs))
-            except StepTimedOut:
-                self._finish("timed_out", "timeout", f"not done after {self.request.timeout_s:g} s")
-            except StepCancelled:
-                self._finish("cancelled", "cancelled", "cancelled")
-            except StepFailed as error:
-                self._finish("failed", _reason(error), str(error), exit_code=error.exit_code)
-            except StepError as error:
-                self._finish("failed", "error", str(error), final=True)
             except SystemExit as error:
-                code = error.code if isinstance(error.code, int) else int(error.code is not None)
-                self._finish("failed", "exit_code", f"the step exited with code {code}", exit_code=code)
-            except Exception as error:
-                traceback.print_exc()
-                self._finish("failed", "error", f"{type(error).__name__}: {error}")
+                if error.code not in (None, 0):
+                    raise
+                outputs = {}
             finally:
-                self._left.set()
-                end_children(0 if self._ending is None else self.grace_s)
+                self._leave()
+            # From here on a cancel is too late: the work is done.
+            self.check_cancelled()
+            self._finish("succeeded", outputs=self._all_outputs(outputs))
+        except BaseException as error:
+            self._left.set()
+            self._end_with(self._ending() if self._ending is not None else error)
+
+    def _leave(self) -> None:
+        """Let no interrupt through any more, not even one that is on its way."""
+        with self._interrupt_lock:
+            self._inside = False
+            self._left.set()
+        if not self._isolated:
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), None)
+
+    def _end_with(self, error: BaseException) -> None:
+        match error:
+            case StepTimedOut():
+                self._finish("timed_out", "timeout", f"not done after {self.request.timeout_s:g} s")
+            case StepCancelled():
+                self._finish("cancelled", "cancelled", "cancelled")
+            case StepFailed():
+                self._finish("failed", _reason(error), str(error), exit_code=error.exit_code)
+            case StepError():
+                self._finish("failed", "error", str(error), final=True)
+            case SystemExit():
+                if not isinstance(error.code, int):
+                    self.log(str(error.code), "stderr")
+                code = error.code & 0xFF if isinstance(error.code, int) else 1
+                self._finish("failed", "exit_code", f"the step exited with code {code}", exit_code=code)
+            case _:
+                self.log("".join(traceback.format_exception(error)).rstrip("\n"), "stderr")
+                self._finish("failed", "error", "".join(traceback.format_exception_only(error)).strip())
 
     @contextlib.contextmanager
     def _own_surroundings(self) -> Iterator[None]:
         """Environment, directory and import path of the step for code that runs in this process."""
         if not self.working_dir.is_dir():
             raise StepError(f"working directory `{self.working_dir}` does not exist on `{self.node}`")
-        before = dict(os.environ), Path.cwd(), list(sys.path)
+        before = dict(os.environ), os.getcwd(), list(sys.path)  # noqa: PTH109 - on the path of every step
         own = {name: value for name, value in before[0].items() if name.startswith("RAY_") and not self._isolated}
         os.environ.clear()
         os.environ.update({**own, **self.env})
@@ -221,45 +257,57 @@ class Host:
     def _all_outputs(self, returned: Outputs) -> Outputs:
         outputs = {**_written_outputs(self.attempt_dir / OUTPUTS), **returned}
         try:
-            size = len(json.dumps(outputs))
+            text = json.dumps(outputs, ensure_ascii=False, allow_nan=False)
+            size = len(text.encode())
         except (TypeError, ValueError) as error:
             raise StepError(f"outputs of step `{self.request.step_id}` are not JSON: {error}") from error
         if size > LARGEST_OUTPUTS:
-            raise StepError(
-                f"outputs of step `{self.request.step_id}` are {size} bytes, at most {LARGEST_OUTPUTS} are allowed\n\n"
-                "hint: write a file and give its path as the output"
-            )
+            raise _too_large(size)
         missing = [name for name in self.request.expected_outputs if name not in outputs]
         if missing:
             raise StepFailed(f"the step did not write its declared output `{missing[0]}`")
-        return outputs
+        plain: Outputs = json.loads(text)
+        return mask_value(plain, self.secrets.values()) if self.secrets else plain
 
     def _request_end(self, how: type[StepCancelled]) -> None:
         if self._ending is None and not self._left.is_set():
             self._ending = how
-            self._wake.set()
+            if self._capture is not None:
+                self._capture.ring()
 
-    def _watch(self) -> None:
-        """Wait for the end, the time limit or a cancel; then end the tree within the grace period."""
-        if not self._wake.wait(self.request.timeout_s):
-            self._request_end(StepTimedOut)
-        if self._left.is_set() or self._ending is None:
+    def _on_alarm(self) -> None:
+        """The time is over or somebody cancelled; the thread that copies the logs goes on copying."""
+        self._request_end(StepTimedOut)
+        threading.Thread(target=self._end_early, name="step-end", daemon=True).start()
+
+    def _end_early(self) -> None:
+        """End the tree within the grace period, then our own code, then everything."""
+        if self._left.is_set():
             return
-        for callback in self._callbacks:
-            with contextlib.suppress(Exception):
-                callback()
+        callbacks = threading.Thread(target=self._call_back, name="step-callbacks", daemon=True)
+        callbacks.start()
+        callbacks.join(max(self.grace_s, _SHORTEST_GRACE_S))
         end(descendants(os.getpid()), self.grace_s)
         if not self._left.wait(0.05):
-            self._interrupt(self._ending)
-        if not self._left.wait(max(self.grace_s, 0.5)):
+            self._interrupt()
+        if not self._left.wait(max(self.grace_s, _SHORTEST_GRACE_S)):
             self._abandon()
 
-    def _interrupt(self, how: type[StepCancelled]) -> None:
+    def _call_back(self) -> None:
+        while self._callbacks:
+            with contextlib.suppress(Exception, StepCancelled):
+                self._callbacks.pop(0)()
+
+    def _interrupt(self) -> None:
         """Raise in the thread that runs the step: by a signal where we own the process, else at its next bytecode."""
-        if self._isolated:
-            signal.pthread_kill(self._thread, signal.SIGUSR1)
-        else:
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), ctypes.py_object(how))
+        with self._interrupt_lock:
+            if not self._inside or self._ending is None:
+                return
+            if self._isolated:
+                signal.pthread_kill(self._thread, signal.SIGUSR1)
+            else:
+                thread, how = ctypes.c_ulong(self._thread), ctypes.py_object(self._ending)
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, how)
 
     def _abandon(self) -> None:
         self.stuck = True
@@ -270,6 +318,8 @@ class Host:
             f"ended by force {self.grace_s:g} s after it was told to stop",
         )
         end_children(0)
+        if self._capture is not None:
+            self._capture.drain()
         self._publish()
         if self._isolated:
             os._exit(1)
@@ -299,7 +349,7 @@ class Host:
                 duration_s=time.time() - self._started_at,
                 node=self.node,
                 pid=os.getpid(),
-                gpus=self.gpus,
+                gpus=tuple(self.gpus),
                 attempt_dir=str(self.attempt_dir),
             )
 
@@ -314,31 +364,63 @@ class Host:
 
 def run_isolated(request_file: Path) -> None:
     """Body of a process that exists for one attempt: runs it, writes `result.json` when all logs are written."""
-    folder = request_file.parent
-    host = Host(StepRequest.model_validate_json(request_file.read_bytes()), folder, isolated=True)
+    request = StepRequest.model_validate_json(request_file.read_bytes())
+    host = Host(request, request_file.parent, isolated=True)
 
     signal.signal(signal.SIGUSR1, lambda number, frame: host.interrupt())
     signal.signal(signal.SIGTERM, lambda number, frame: host.cancel())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, lambda number, frame: host.cancel())
     with contextlib.suppress(AlreadyStarted):
         host.run()
+
+
+def warm_up() -> None:
+    """Use, without a trace, what every attempt uses: loads it in the spawner, copies its memory in a forked child."""
+    params: Mapping[str, dict[str, Any]] = {"command": {"command": "true"}, "python": {"call": "time:time"}}
+    for name, fields in params.items():
+        _registry.find(name).params.model_validate(fields)
+    parts = dict.fromkeys(("workflow_id", "run_id", "step_id", "step_name", "type"), "")
+    paths = dict.fromkeys(("plan_dir", "working_dir", "log_dir"), "/")
+    request = StepRequest(**parts, **paths, attempt=1, params={}, timeout_s=1)
+    host = Host(StepRequest.model_validate_json(request.model_dump_json()), Path("/"), isolated=True)
+    json.dumps({**identity(), **step_environment(request, {}, Path("/"), ())})
+    shutil.which("true", path=os.defpath)
+    host._finish("succeeded")
+    assert host.result is not None
+    host.result.model_dump_json()
+    thread = threading.Thread(target=is_alive, args=(identity(),))
+    thread.start()
+    thread.join()
 
 
 def _reason(error: StepFailed) -> str:
     return "error" if error.exit_code is None else "exit_code"
 
 
+def _too_large(size: int) -> StepError:
+    return StepError(
+        f"outputs are {size} bytes, at most {LARGEST_OUTPUTS} are allowed\n\n"
+        "hint: write a file and give its path as the output"
+    )
+
+
 def _written_outputs(path: Path) -> Outputs:
+    """The objects a step wrote to `$STEP_OUTPUTS`, later ones over earlier ones."""
     outputs: Outputs = {}
-    if not path.exists():
+    try:
+        size = path.stat().st_size
+        if size > 2 * LARGEST_OUTPUTS:
+            raise _too_large(size)
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
         return outputs
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise StepFailed(f"line {number} of $STEP_OUTPUTS is not JSON: {error.msg}") from error
+        except ValueError as error:
+            raise StepFailed(f"line {number} of $STEP_OUTPUTS is not JSON: {error}") from error
         if not isinstance(value, dict):
             raise StepFailed(f"line {number} of $STEP_OUTPUTS is not a JSON object")
         outputs.update(value)

@@ -3,87 +3,120 @@
 import asyncio
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from steps._process import is_alive
+
+_SEND_LIMIT_S = 10.0
+"""A spawner that takes no request for so long is replaced."""
+_LEAVE_LIMIT_S = 0.3
+"""How long `close` waits for a spawner that has nothing left to do."""
 
 
 class Spawner:
     """Owns the spawner process; `spawn` forks one attempt. Restarted when it has died."""
 
     def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: _Detached | None = None
         self._control: socket.socket | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Pid of the process, None while there is none."""
+        return self._process.pid if self._process else None
 
     def start(self) -> None:
         """Start the process now, so that the first step does not wait for it."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.settimeout(_SEND_LIMIT_S)
         with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "steps._spawner", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+            self._process = _Detached([sys.executable, "-m", "steps._spawner"], theirs.fileno())
         self._control = ours
 
     def spawn(self, request_file: Path) -> "Child":
         """Fork a process for the attempt in `request_file`'s folder. Raises `OSError` when no process can be made."""
         for last_try in (False, True):
-            if self._process is None or self._process.poll() is not None:
+            if self._process is None or self._control is None or self._process.poll() is not None:
                 self.close()
                 self.start()
             assert self._control is not None
             read_end, write_end = os.pipe()
             try:
-                socket.send_fds(self._control, [str(request_file).encode()], [write_end])
+                socket.send_fds(self._control, [os.fsencode(request_file)], [write_end])
                 return Child(read_end)
             except OSError:
                 os.close(read_end)
+                self.close()
                 if last_try:
                     raise
-                self.close()
             finally:
                 os.close(write_end)
         raise AssertionError
 
     def close(self) -> None:
-        """Let the spawner go; attempts that run stay."""
+        """Let the spawner go; it stays for the attempts that run, and they stay in any case."""
         if self._control is not None:
             self._control.close()
             self._control = None
         if self._process is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(5)
+            deadline = time.monotonic() + _LEAVE_LIMIT_S
+            while self._process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.005)
             self._process = None
 
 
+class _Detached(subprocess.Popen[bytes]):
+    """A process that may outlive its owner: letting go of it while it runs is not a mistake."""
+
+    def __init__(self, argv: list[str], stdin: int) -> None:
+        super().__init__(argv, stdin=stdin, start_new_session=True)
+
+    def __del__(self) -> None:
+        if self.returncode is None:
+            self.poll()
+
+
 class Child:
-    """A forked attempt: `wait` returns when its process has ended."""
+    """A forked attempt: `wait` returns when it has written its result, or its process has ended."""
 
     def __init__(self, read_end: int) -> None:
         self._read_end = read_end
         self._ended = asyncio.Event()
-        asyncio.get_running_loop().add_reader(read_end, self._end)
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(read_end, self.close)
 
     async def wait(self) -> None:
-        """Wait for the end of the process."""
+        """Wait for the end."""
         await self._ended.wait()
 
     def close(self) -> None:
         """Stop watching."""
         if not self._ended.is_set():
-            self._end()
-
-    def _end(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._read_end)
-        os.close(self._read_end)
-        self._ended.set()
+            self._loop.remove_reader(self._read_end)
+            os.close(self._read_end)
+            self._ended.set()
 
 
 class Adopted(Child):
     """An attempt that somebody else forked, watched by its pid."""
 
-    def __init__(self, pid: int) -> None:
-        super().__init__(os.pidfd_open(pid))
+    def __init__(self, host: Mapping[str, Any]) -> None:
+        """Raises `ProcessLookupError` when the process that claimed the attempt is gone."""
+        descriptor = os.pidfd_open(host["pid"])
+        if not is_alive(host):
+            os.close(descriptor)
+            raise ProcessLookupError(host["pid"])
+        super().__init__(descriptor)
+
+    def signal(self, number: int) -> None:
+        """Send a signal to that process, and to no later one with its pid."""
+        if not self._ended.is_set():
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._read_end, number)
