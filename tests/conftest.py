@@ -461,3 +461,40 @@ def local_state(tmp_path: Path) -> Iterator[Any]:
     state = State(tmp_path / "state")
     yield state
     services.stop(state)
+
+
+@pytest.fixture
+def step_request(tmp_path: Path) -> Callable[..., Any]:
+    """Makes a `StepRequest` in the test's folder; give it what differs."""
+    from steps import StepRequest
+
+    def make(step_id: str = "step", type: str = "command", **fields: Any) -> StepRequest:
+        common = {"workflow_id": "flow", "run_id": "run", "step_name": step_id, "attempt": 1, "timeout_s": 60.0}
+        paths = {"plan_dir": str(tmp_path), "working_dir": str(tmp_path), "log_dir": str(tmp_path / "logs")}
+        return StepRequest(
+            **{**common, **paths, "params": {}, "grace_s": 1.0, "step_id": step_id, "type": type, **fields}
+        )
+
+    return make
+
+
+@pytest.fixture
+async def local_dispatch() -> Any:
+    """A dispatch to processes on this machine, closed at the end."""
+    from bridge.dispatch import LocalDispatch
+
+    dispatch = LocalDispatch()
+    dispatch.start()
+    yield dispatch
+    dispatch.close()
+
+
+@pytest.fixture
+def run_locally(local_dispatch: Any, step_request: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs one step through `local_dispatch`: fields as for `step_request`, params by keyword `params`."""
+
+    async def run(*args: Any, **fields: Any) -> Any:
+        handle = await local_dispatch.attach_or_start(step_request(*args, **fields))
+        return await handle.wait(lambda progress: None)
+
+    return run
