@@ -62,6 +62,7 @@ class _Checks:
         self.steps: dict[str, Step] = {}
         for step in plan.steps:
             self.steps.setdefault(step.id, step)
+        self.needed = waits_for(plan)
         self.types: dict[str, tuple[StepType | None, str, str]] = {}
         self.outputs: dict[str, frozenset[str] | None] = {}
 
@@ -150,7 +151,7 @@ class _Checks:
         findings = list(self._condition(step, step.when, ("steps", index, "when")))
         yield from findings
         if not findings:
-            reason = never_true(step.when, self.steps, dependencies)
+            reason = never_true(step.when, self.steps, lambda other: set(self.needed[other.id]))
             if reason is not None:
                 message = f"`when` of step `{step.id}` can never be true: {reason}"
                 yield Finding(("steps", index, "when"), message, "change the condition, or remove the step")
@@ -182,7 +183,7 @@ class _Checks:
 
     def _cycles(self) -> Iterator[Finding]:
         position = {step.id: index for index, step in reversed(list(enumerate(self.plan.steps)))}
-        for cycle in cycles(waits_for(self.plan)):
+        for cycle in cycles(self.needed):
             index = position[cycle[0]]
             step, following = self.plan.steps[index], cycle[1 % len(cycle)]
             path: Path = ("steps", index)

@@ -29,7 +29,12 @@ def plan_schema() -> Schema:
     for step_type in types.values():
         definitions.update(_params_definitions(step_type))
     definitions["Step"] = _step(definitions["Step"], types, definitions)
-    return {"$schema": DIALECT, "title": "Plan", **_tidy(schema), "$defs": definitions}
+    plan = _tidy(schema)
+    plan["properties"]["defaults"] = {
+        "description": "Values for steps that do not set their own.",
+        "$ref": "#/$defs/Defaults",
+    }
+    return {"$schema": DIALECT, "title": "Plan", **plan, "$defs": definitions}
 
 
 def _params_definitions(step_type: StepType) -> dict[str, Schema]:

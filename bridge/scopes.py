@@ -121,13 +121,17 @@ class TemplateChecks:
             "params": self._plan.params,
             "matrix": (step.matrix if step is not None else None) or {},
             "env": self._environment(step, path),
-            "run": _RUN_KEYS,
+            "run": _RUN_KEYS if self._is_of_an_attempt(path) else ("id",),
         }[root]
         if rest[0] in known:
             return None
         noun = {"params": "param", "matrix": "matrix value", "env": "environment variable", "run": "key"}[root]
         hint = nearest_hint(rest[0], list(known), "there are")
         return f"there is no {noun} `{rest[0]}`", hint or f"declare it under `{root}`"
+
+    def _is_of_an_attempt(self, path: Path) -> bool:
+        """False where a value is rendered once for the run or the step, before there is an attempt."""
+        return path[0] != "env" and path[2:3] not in (("matrix",), ("when",))
 
     def _environment(self, step: Step | None, path: Path) -> set[str]:
         """Names of the environment at this place: an `env` sees the plan's only."""

@@ -1,6 +1,7 @@
 """What must hold between the fields of a plan: references, cycles, conditions, templates, ids, values, params."""
 
 import pickle
+import time
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,14 @@ def test_a_condition_that_can_be_true(when: str) -> None:
     assert problems(_with_condition(when)) == []
 
 
+def test_many_conditions_on_a_long_chain_are_checked_in_time() -> None:
+    chain = [command(f"s{n}", f"depends_on: [s{n - 1}]" if n else "") for n in range(1500)]
+    handlers = [command(f"h{n}", f"when: {{step: s{n}, status: failure}}") for n in range(1500)]
+    started = time.process_time()
+    assert problems(plan_text(*chain, *handlers)) == []
+    assert time.process_time() - started < 15
+
+
 def test_a_condition_of_too_many_cases_counts_as_possible() -> None:
     either = "{any: [{step: a, status: success}, {step: a, status: failure}]}"
     assert problems(_with_condition("{all: [" + ", ".join([either] * 40) + "]}")) == []
@@ -274,6 +283,8 @@ def test_a_template_that_is_right(template: str) -> None:
         plan_text(command("a", "locks: ['${{ run.id }}']")),
         plan_text(command("a", "outputs: ['${{ run.id }}']")),
         plan_text(command("a", "matrix: {m: '${{ matrix.m }}'}")),
+        plan_text(command("a", "matrix: {m: '${{ run.attempt }}'}")),
+        "env: {A: '${{ run.attempt }}'}\n" + plan_text(command("a")),
         plan_text(command("a", "env: {A: '${{ env.B }}', B: x}")),
     ],
 )
