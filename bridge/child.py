@@ -118,17 +118,6 @@ class Child:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
 
-    def trim_log(self) -> None:
-        """Keep the log from growing for ever; the writer appends, so it goes on behind what is kept."""
-        with contextlib.suppress(FileNotFoundError), self.log.open("r+b") as file:
-            size = file.seek(0, os.SEEK_END)
-            if size > LOG_LIMIT_BYTES:
-                file.seek(size - LOG_LIMIT_BYTES // 4)
-                kept = file.read()
-                file.truncate(0)
-                file.seek(0)
-                file.write(kept)
-
 
 def start_ticks(pid: int) -> int:
     """Start time of a living process in kernel ticks since boot; 0 when there is none, or only its exit status."""
@@ -149,3 +138,15 @@ def tail(path: Path) -> str:
     except OSError:
         return "(no log)"
     return (text.partition("\n")[2] if size > TAIL_BYTES else text).strip() or "(its log is empty)"
+
+
+def trim(log: Path) -> None:
+    """Keep a log from growing for ever; its writer appends, so it goes on behind what is kept."""
+    with contextlib.suppress(FileNotFoundError), log.open("r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size > LOG_LIMIT_BYTES:
+            file.seek(size - LOG_LIMIT_BYTES // 4)
+            kept = file.read()
+            file.truncate(0)
+            file.seek(0)
+            file.write(kept)

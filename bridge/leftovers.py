@@ -27,14 +27,22 @@ def find(state: State) -> list[psutil.Process]:
     """Living processes that carry our marker, and all their descendants; never this process or its ancestors."""
     needle = f"{MARKER}={state.dir}".encode()
     own = {os.getpid(), *(process.pid for process in psutil.Process().parents())}
-    found: dict[int, psutil.Process] = {}
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
+    living: dict[int, psutil.Process] = {}
+    children: dict[int, list[int]] = {}
+    found: list[int] = []
+    for process in psutil.process_iter(["ppid", "status"]):
+        if process.info["status"] != psutil.STATUS_ZOMBIE:
+            living[process.pid] = process
+            children.setdefault(process.info["ppid"], []).append(process.pid)
             if _carries(process.pid, needle):
-                for each in (process, *process.children(recursive=True)):
-                    if each.pid not in own and each.status() != psutil.STATUS_ZOMBIE:
-                        found[each.pid] = each
-    return list(found.values())
+                found.append(process.pid)
+    family: set[int] = set()
+    while found:
+        pid = found.pop()
+        if pid not in family:
+            family.add(pid)
+            found += children.get(pid, [])
+    return [living[pid] for pid in sorted(family - own)]
 
 
 def end(state: State, known: list[psutil.Process], deadline: float) -> tuple[list[Leftover], list[Leftover]]:
@@ -74,7 +82,9 @@ def end_services(state: State, adopted: set[int]) -> None:
 
 
 def _carries(pid: int, needle: bytes) -> bool:
-    return needle in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    with contextlib.suppress(OSError):
+        return needle in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return False
 
 
 def _lives(process: psutil.Process) -> bool:

@@ -1,7 +1,8 @@
 """How the local Ray is started: one head node on loopback, guarded by a token, without what plans do not need.
 
 The address is 127.0.0.2: Ray replaces 127.0.0.1 by the address of a network card, which changes when a laptop moves.
-Whatever its address, Ray opens its GCS, raylet, worker and metrics ports on every interface: the token guards them.
+Whatever its address, Ray opens its GCS, raylet, worker and metrics ports on every interface. The token guards all but
+the two metrics ports, which show counters to whoever asks.
 """
 
 import contextlib
@@ -25,6 +26,9 @@ PORT_NAMES = (
     "dashboard_metrics_port",
 )
 """Ports that must be ours alone; Ray's own defaults for them are fixed numbers, or chosen at random."""
+
+START_ONLY = ("RAY_START_HOOK", "RAY_DASHBOARD_STARTUP_TIMEOUT_S")
+"""Variables that are meant for `ray start` itself."""
 
 KEPT_SESSIONS = 2
 """Session folders of earlier Rays that are kept for their logs."""
@@ -87,8 +91,13 @@ def client_environment(state: State) -> dict[str, str]:
 
 
 def without_client_server(ray_params: Any, head: bool) -> None:
-    """Hook of `ray start`: no Ray Client server, whose fixed port would collide with another Ray's."""
+    """Hook of `ray start`: no Ray Client server, whose fixed port would collide with another Ray's.
+
+    What only this start needs leaves the environment here, before Ray's processes and the steps in them inherit it.
+    """
     ray_params.ray_client_server_port = None
+    for name in START_ONLY:
+        os.environ.pop(name, None)
 
 
 def prepare(state: State) -> None:

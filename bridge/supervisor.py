@@ -22,17 +22,18 @@ from pathlib import Path
 from typing import Any
 
 from bridge import lock, ports, ray_head
-from bridge.child import Child, start_ticks, tail
+from bridge.child import Child, start_ticks, tail, trim
+from bridge.control import ControlSocket, send
 from bridge.state import MARKER, State, StateError, append_private, write_private
 
 TEMPORAL_PORT_NAMES = ("port", "ui_port")
 RAY_START_TIMEOUT_S = 60.0
 POLL_S = 0.01
 HOUSEKEEPING_S = 5.0
-LONGEST_REQUEST_BYTES = 65536
 LOCK_TIMEOUT_S = 30.0
 WORKER_DRAIN_S = 5.0
 RAY_END_S = 1.5
+PORT_PATIENCE_S = 1.0
 TEMPORAL_END_S = 2.0
 
 
@@ -51,7 +52,8 @@ class Supervisor:
         self._ui = False
         self._ports: dict[str, dict[str, int]] = {"temporal": {}, "ray": {}}
         self._ray_usable = False
-        self._ray_asked: list[tuple[float, socket.socket]] = []
+        self._ray_asked: list[socket.socket] = []
+        self._stop_asked: list[socket.socket] = []
         self._selector = selectors.DefaultSelector()
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._timer_number = 0
@@ -113,6 +115,8 @@ class Supervisor:
 
     def _gone(self, child: Child) -> None:
         self._selector.unregister(child.pidfd)
+        if child is self._ray:
+            child.kill_group()
         child.forget()
         self._say(f"{child.name}, pid {child.pid}, ended")
         self._ended(child)
@@ -137,7 +141,7 @@ class Supervisor:
 
     def _temporal_start(self) -> tuple[list[str], dict[str, str]]:
         before = self._ports["temporal"]
-        now = self._ports["temporal"] = ports.assign(TEMPORAL_PORT_NAMES, before)
+        now = self._ports["temporal"] = ports.assign(TEMPORAL_PORT_NAMES, before, PORT_PATIENCE_S)
         if before and now["port"] != before["port"]:
             self._worker.ask_to_end()
         argv = [
@@ -146,6 +150,8 @@ class Supervisor:
             *(("--ui-port", str(now["ui_port"])) if self._ui else ("--headless",)),
             *("--db-filename", str(self._state.temporal_db), "--log-level", "error"),
             *("--dynamic-config-value", "history.transferProcessorMaxPollRPS=2000"),
+            # Safe against the death of every process; a power cut may take back the last moments, in good order.
+            *("--sqlite-pragma", "journal_mode=WAL", "--sqlite-pragma", "synchronous=NORMAL"),
         ]
         return argv, self._environment()
 
@@ -155,7 +161,7 @@ class Supervisor:
 
     def _ray_start(self) -> tuple[list[str], dict[str, str]]:
         ray_head.prepare(self._state)
-        now = self._ports["ray"] = ports.assign(ray_head.PORT_NAMES, self._ports["ray"])
+        now = self._ports["ray"] = ports.assign(ray_head.PORT_NAMES, self._ports["ray"], PORT_PATIENCE_S)
         return ray_head.command(self._state, now), self._environment() | ray_head.environment(self._state, now)
 
     def _environment(self) -> dict[str, str]:
@@ -194,84 +200,51 @@ class Supervisor:
 
     def _answer_ray(self, answer: dict[str, Any]) -> None:
         asked, self._ray_asked = self._ray_asked, []
-        for _, connection in asked:
-            _send(connection, answer)
+        for connection in asked:
+            send(connection, answer)
 
     # Requests.
 
     def serve(self) -> None:
         """Answer requests and keep the services alive until `stop` or SIGTERM."""
-        listener = _listen(self._state.supervisor_socket)
-        self._selector.register(listener, selectors.EVENT_READ, lambda: self._accept(listener))
+        control = ControlSocket(self._state.supervisor_socket, self._selector, self._answer)
         woken, wake = socket.socketpair()
         woken.setblocking(False)
         wake.setblocking(False)
         signal.set_wakeup_fd(wake.fileno())
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_stopping", True))
         self._selector.register(woken, selectors.EVENT_READ, lambda: woken.recv(64))
-        self._housekeeping()
-        asker: socket.socket | None = None
+        self._housekeeping(control)
         while not self._stopping:
             for key, _ in self._selector.select(self._next_timer_s()):
-                asker = key.data() or asker
+                key.data()
             while self._timers and self._timers[0][0] <= time.monotonic():
                 heapq.heappop(self._timers)[2]()
-        listener.close()
-        self._state.supervisor_socket.unlink(missing_ok=True)
+        control.close()
         ended = self._end_services()
-        if isinstance(asker, socket.socket):
-            _send(asker, {"ended": ended})
+        for connection in self._stop_asked:
+            send(connection, {"ended": ended})
 
-    def _accept(self, listener: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            connection, _ = listener.accept()
-            connection.setblocking(False)
-            received = bytearray()
-            self._selector.register(connection, selectors.EVENT_READ, lambda: self._receive(connection, received))
-
-    def _receive(self, connection: socket.socket, received: bytearray) -> socket.socket | None:
-        """Read on; answer when a whole line is there. The connection itself when it asked to stop."""
-        try:
-            data = connection.recv(4096)
-        except BlockingIOError:
-            return None
-        except OSError:
-            data = b""
-        received += data
-        if data and b"\n" not in received and len(received) <= LONGEST_REQUEST_BYTES:
-            return None
-        self._selector.unregister(connection)
-        connection.setblocking(True)
-        if not data:
-            connection.close()
-            return None
-        try:
-            request = json.loads(received)
-        except ValueError:
-            request = None
-        return self._answer(connection, request if isinstance(request, dict) else {})
-
-    def _answer(self, connection: socket.socket, request: dict[str, Any]) -> socket.socket | None:
+    def _answer(self, connection: socket.socket, request: dict[str, Any]) -> None:
         match request.get("do"):
             case "stop":
                 self._stopping = True
-                return connection
+                self._stop_asked.append(connection)
             case "start_ray":
                 self._ask_for_ray(connection)
             case "ensure":
                 self._wake(ui=request.get("ui") is True)
-                _send(connection, self.status())
+                send(connection, self.status())
             case "status":
-                _send(connection, self.status())
+                send(connection, self.status())
             case other:
-                _send(connection, {"error": f"got request `{other}`, wanted `ensure`, `status`, `start_ray` or `stop`"})
-        return None
+                send(connection, {"error": f"got request `{other}`, wanted `ensure`, `status`, `start_ray` or `stop`"})
 
     def _ask_for_ray(self, connection: socket.socket) -> None:
         if self._ray_usable:
-            _send(connection, {"ray": self._ray_answer()})
+            send(connection, {"ray": self._ray_answer()})
             return
-        self._ray_asked.append((time.monotonic(), connection))
+        self._ray_asked.append(connection)
         if self._ray not in self._wanted:
             self._ray.crashes = 0
             self._wanted.append(self._ray)
@@ -320,14 +293,15 @@ class Supervisor:
     def _next_timer_s(self) -> float:
         return max(0.0, self._timers[0][0] - time.monotonic()) if self._timers else HOUSEKEEPING_S
 
-    def _housekeeping(self) -> None:
+    def _housekeeping(self, control: ControlSocket) -> None:
         """Keep logs bounded; end when the state directory was removed, since nobody could reach us any more."""
-        for child in self._wanted:
-            child.trim_log()
+        control.hang_up_on_silence()
+        for log in (self._state.log_file("supervisor"), *(child.log for child in self._wanted)):
+            trim(log)
         if not self._state.supervisor_socket.exists() or not self._state.lock_file.exists():
             self._say("the state directory is gone")
             self._stopping = True
-        self._after(HOUSEKEEPING_S, self._housekeeping)
+        self._after(HOUSEKEEPING_S, lambda: self._housekeeping(control))
 
     def _save(self) -> None:
         children = {child.name: child.record for child in (self._temporal, self._worker, self._ray) if child.alive}
@@ -373,27 +347,6 @@ def _wait(child: Child, limit_s: float) -> bool:
     with selectors.DefaultSelector() as selector:
         selector.register(child.pidfd, selectors.EVENT_READ)
         return bool(selector.select(limit_s))
-
-
-def _send(connection: socket.socket, answer: dict[str, Any]) -> None:
-    """Answer and hang up; a client that went away is no concern of ours."""
-    with contextlib.suppress(OSError), connection:
-        connection.settimeout(1.0)
-        connection.sendall(json.dumps(answer).encode() + b"\n")
-
-
-def _listen(path: Path) -> socket.socket:
-    """A socket at `path` (0600), in place of one that nobody listens on any more: we hold the lock."""
-    path.unlink(missing_ok=True)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    mask = os.umask(0o177)
-    try:
-        listener.bind(str(path))
-    finally:
-        os.umask(mask)
-    listener.listen(128)
-    listener.setblocking(False)
-    return listener
 
 
 def _program(name: str) -> str:
