@@ -10,6 +10,6 @@ attempt's folder (`dispatched.json`), in its actor, or in the folder the actor l
 """
 
 from cluster.call import RayCall
-from cluster.shape import Progress, ResourceShape
+from cluster.shape import ResourceShape
 
-__all__ = ["Progress", "RayCall", "ResourceShape"]
+__all__ = ["RayCall", "ResourceShape"]

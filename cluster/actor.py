@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 
 from cluster import orphans
-from cluster.attempt_folder import Cursor, Poll, attempts_root, node_folder, read_beyond
+from cluster.attempt_folder import Cursor, Poll, attempts_root, read_beyond, sweep, within
 from cluster.plan_modules import PlanModules
 from cluster.shape import ResourceShape
 from steps import Frozen, StepRequest
@@ -33,6 +33,8 @@ class ActorState(Frozen):
     """Host name."""
     node_id: str
     """Ray's id of the node."""
+    folder: str
+    """Where the actor keeps its attempts, on that node."""
     pid: int
     key: str = ""
     """Key of the attempt that runs, or has ended and is not released."""
@@ -64,7 +66,8 @@ class StepActor:
         self._name = name
         self._shape = shape
         self._folder = attempts_root() / name
-        self._folder.mkdir(mode=0o700, exist_ok=True)
+        self._folder.mkdir(mode=0o700)
+        sweep(self._folder.parent)
         orphans.start(self._folder)
         self._modules = PlanModules()
         self._attempt: _Attempt | None = None
@@ -77,7 +80,7 @@ class StepActor:
             if self._attempt is not None and not self._attempt.ended:
                 return Poll(busy=True)
             self._known_keys.add(request.key)
-            self._attempt = _Attempt(request, node_folder(self._name, request.key), _gpus())
+            self._attempt = _Attempt(request, within(self._folder, request.key), _gpus())
             arguments = self._attempt, asyncio.get_running_loop()
             threading.Thread(target=self._work, args=arguments, name="step", daemon=True).start()
         return await self.poll(request.key, cursor, wait_s)
@@ -113,7 +116,7 @@ class StepActor:
         if attempt is not None and attempt.request.key == key and attempt.ended:
             self._attempt = None
         if attempt is None or attempt.request.key != key or attempt.ended:
-            await asyncio.to_thread(shutil.rmtree, node_folder(self._name, key), ignore_errors=True)
+            await asyncio.to_thread(shutil.rmtree, within(self._folder, key), ignore_errors=True)
 
     async def shape(self) -> ResourceShape:
         """What this actor was made for."""
@@ -127,6 +130,7 @@ class StepActor:
         return ActorState(
             node=self._node,
             node_id=ray.get_runtime_context().get_node_id(),
+            folder=str(self._folder),
             pid=os.getpid(),
             key=attempt.request.key if attempt else "",
             running=attempt is not None and not attempt.ended,

@@ -27,16 +27,16 @@ from cluster.attempt_folder import (
     Poll,
     last_line,
     local_cursor,
-    node_folder,
     progress_fields,
     read_beyond,
+    within,
     write_at,
 )
 from cluster.connect import NAMESPACE, ClusterError
 from cluster.orphans import end_leftovers
 from cluster.pool import Lease, open_pool
-from cluster.shape import Progress, ResourceShape
-from steps import Frozen, StepRequest, StepResult
+from cluster.shape import ResourceShape
+from steps import Frozen, Progress, StepRequest, StepResult
 from steps._files import RESULT, attempt_dir, read_json, read_result, write_whole
 
 DISPATCHED = "dispatched.json"
@@ -55,6 +55,8 @@ class Dispatched(Frozen):
     key: str
     actor: str
     node_id: str
+    folder: str
+    """The actor's folder on its node."""
     pool: str
     at: float
     """Unix time, seconds."""
@@ -167,7 +169,12 @@ class Attempt:
 
     def _mark(self, lease: Lease) -> Dispatched:
         dispatched = Dispatched(
-            key=self._request.key, actor=lease.actor, node_id=lease.node_id, pool=self._pool_name, at=time.time()
+            key=self._request.key,
+            actor=lease.actor,
+            node_id=lease.node_id,
+            folder=lease.folder,
+            pool=self._pool_name,
+            at=time.time(),
         )
         write_whole(self._folder / DISPATCHED, dispatched.model_dump_json())
         return dispatched
@@ -226,7 +233,7 @@ class Attempt:
 
     async def _salvage(self, dispatched: Dispatched, how: str) -> StepResult | None:
         """What a dead actor left on its node: a result, the rest of its logs. None when it never began the attempt."""
-        folder, node_answers = str(node_folder(dispatched.actor, self._request.key)), True
+        folder, node_answers = str(within(Path(dispatched.folder), self._request.key)), True
         error = f"the Ray actor of the step is gone: {how}"
         while True:
             try:
@@ -235,7 +242,7 @@ class Attempt:
             except (RayError, TimeoutError) as lost:
                 node_answers, error = False, f"{error}; its node does not answer: {_first_line(lost)}"
                 break
-            if not poll.claimed:
+            if poll.begun is False:
                 # Released in this moment by another worker's driver, or never begun.
                 return read_result(self._folder)
             before, self._cursor = self._cursor, write_at(self._folder, self._cursor, poll)

@@ -1,9 +1,12 @@
 """The folder of an attempt from both ends: read by offset on the node, written at the offset beside the worker."""
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
 import tempfile
+import time
 from pathlib import Path
 
 from steps import Frozen, StepResult
@@ -12,6 +15,7 @@ from steps._files import HOST, PROGRESS, read_result
 LOGS = ("stdout.log", "stderr.log", "structured.jsonl")
 LARGEST_CHUNK = 1 << 20
 """Bytes of one log in one answer."""
+_EVIDENCE_S = 86_400.0
 
 
 class Cursor(Frozen):
@@ -37,8 +41,8 @@ class Poll(Frozen):
     """The attempt was ended by force and the process that ran it is of no further use."""
     node: str = ""
     pid: int = 0
-    claimed: bool = True
-    """False when the attempt was never begun in this folder."""
+    begun: bool | None = True
+    """False when the actor's folder shows that it never began the attempt, None when there is no such folder."""
 
 
 def attempts_root() -> Path:
@@ -50,9 +54,18 @@ def attempts_root() -> Path:
     return root
 
 
-def node_folder(actor: str, key: str) -> Path:
-    """Folder of an attempt on the node of its actor."""
-    return attempts_root() / actor / hashlib.sha256(key.encode()).hexdigest()[:32]
+def within(actor_folder: Path, key: str) -> Path:
+    """Folder of an attempt within its actor's."""
+    return actor_folder / hashlib.sha256(key.encode()).hexdigest()[:32]
+
+
+def sweep(root: Path) -> None:
+    """Remove folders of long gone actors that hold no attempt; a dead actor's is evidence of what it began."""
+    for folder in root.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            is_old = time.time() - folder.stat().st_mtime > _EVIDENCE_S
+            if is_old and not any(path.is_dir() for path in folder.iterdir()):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_beyond(folder: Path, cursor: Cursor, *, ended: bool) -> Poll:
@@ -67,7 +80,7 @@ def read_beyond(folder: Path, cursor: Cursor, *, ended: bool) -> Poll:
         chunks=(chunks[0], chunks[1], chunks[2]),
         progress=progress,
         result=read_result(folder) if ended and complete else None,
-        claimed=(folder / HOST).exists(),
+        begun=(folder / HOST).exists() or (False if folder.parent.is_dir() else None),
     )
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from cluster.driver import LONGEST_LINE, DriverConfig
-from cluster.shape import Progress, ResourceShape
-from steps import Frozen, StepRequest, StepResult
+from cluster.shape import ResourceShape
+from steps import Frozen, Progress, StepRequest, StepResult
 
 _FIRST_PAUSE_S = 0.2
 _LONGEST_PAUSE_S = 3.0

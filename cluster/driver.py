@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from cluster.connect import ClusterAuthError, ClusterError, answers, connect, raylet_answers
-from cluster.shape import Progress, ResourceShape
-from steps import Frozen, StepRequest, StepResult
+from cluster.shape import ResourceShape
+from steps import Frozen, Progress, StepRequest, StepResult
 
 LONGEST_LINE = 1 << 24
 _WATCH_INTERVAL_S = 1.0

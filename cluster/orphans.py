@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import select
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +40,7 @@ def end_leftovers(step_key: str, attempt: int) -> None:
 
 
 def main() -> None:
-    """Wait for the actor's end, then end its orphans and remove its folder if nothing in it is still wanted."""
+    """Wait for the actor's end, then end its orphans."""
     actor_pid, folder = int(sys.argv[1]), Path(sys.argv[2])
     with contextlib.suppress(ProcessLookupError):
         poller = select.poll()
@@ -49,8 +48,6 @@ def main() -> None:
         poller.poll()
     if current := read_json(folder / _CURRENT):
         end_leftovers(current["step_key"], current["attempt"])
-    if not any(path.is_dir() for path in folder.glob("*")):
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

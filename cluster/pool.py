@@ -51,6 +51,8 @@ class Lease(Frozen):
     actor: str = ""
     """Name of the actor, when leased."""
     node_id: str = ""
+    folder: str = ""
+    """Where the actor keeps its attempts, on that node."""
     fresh: bool = False
     """True when the actor was made for this key."""
     text: str = ""
@@ -66,6 +68,7 @@ class _Member:
         self.shape = shape
         self.node_id = ""
         """Empty until the actor runs."""
+        self.folder = ""
         self.key = ""
         self.served = 0
         self.since = time.monotonic()
@@ -166,10 +169,11 @@ class Pool:
                 ray.kill(await asyncio.to_thread(ray.get_actor, name, NAMESPACE), no_restart=True)
             return
         member = self._members[name] = _Member(name, handle, shape)
-        member.node_id, member.key, member.served = state.node_id, state.key, 1
+        member.node_id, member.folder, member.key, member.served = state.node_id, state.folder, state.key, 1
 
     def _lease_of(self, member: _Member) -> Lease:
-        return Lease(state="leased", actor=member.name, node_id=member.node_id, fresh=member.served == 1)
+        fresh = member.served == 1
+        return Lease(state="leased", actor=member.name, node_id=member.node_id, folder=member.folder, fresh=fresh)
 
     def _serve(self) -> None:
         """Give idle actors to those who wait, oldest first."""
@@ -299,7 +303,7 @@ class Pool:
             if self._members.pop(member.name, None) is not None:
                 self._fail_oldest(member.shape, str(error))
             return
-        member.node_id, member.since = state.node_id, time.monotonic()
+        member.node_id, member.folder, member.since = state.node_id, state.folder, time.monotonic()
         self._serve()
 
     def _fail_oldest(self, shape: ResourceShape, reason: str) -> None:
@@ -318,8 +322,10 @@ class Pool:
     async def _waiting_text(self, shape: ResourceShape) -> str:
         free = await asyncio.to_thread(ray.available_resources)
         total = await asyncio.to_thread(ray.cluster_resources)
+        if not lacking(shape, free):
+            return f"starting an actor with {shape}"
         parts = [f"{free.get(name, 0):g} of {total.get(name, 0):g} {name} free" for name in sorted(shape.amounts)]
-        return f"waiting for a node with {shape}" + (f" ({', '.join(parts)})" if parts else "")
+        return f"waiting for a node with {shape} ({', '.join(parts)})"
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

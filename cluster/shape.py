@@ -1,4 +1,4 @@
-"""The nouns of placement: what a step asks of a node, and what it tells while it runs."""
+"""The noun of placement: what a step asks of a node, and whether a node can ever give it."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -52,20 +52,6 @@ class ResourceShape(Frozen):
         parts = [f"{amount:g} {name}" for name, amount in self.amounts.items()]
         parts += [f"label {name}={value}" for name, value in self.labels.items()]
         return ", ".join(parts) or "nothing in particular"
-
-
-class Progress(Frozen):
-    """What a running step shows."""
-
-    text: str = ""
-    """What it says it does, or what it waits for."""
-    fraction: float | None = None
-    """Part that is done, 0 to 1."""
-    node: str = ""
-    """Host name of the node."""
-    pid: int = 0
-    last_line: str = ""
-    """Newest line of its logs."""
 
 
 def fits(shape: ResourceShape, amounts: Mapping[str, float], labels: Mapping[str, str]) -> bool:
