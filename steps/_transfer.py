@@ -15,6 +15,7 @@ import json
 import os
 import random
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -67,11 +68,12 @@ class Transfer:
         self.validator_file = self.part.with_suffix(".json")
         self._resumed = False
         self._wake = threading.Event()
+        self._socket: socket.socket | None = None
         self._rate = _Rate()
 
     def run(self) -> str:
         """Transfer the file; its sha256. Raises `StepError` for what is final, `StepFailed` for what may pass later."""
-        self.context.on_cancel(self._wake.set)
+        self.context.on_cancel(self._hang_up)
         with self._disk_errors():
             self.target.parent.mkdir(parents=True, exist_ok=True)
         with self._disk_errors(), self._locked_part() as part, self._client() as client:
@@ -102,6 +104,7 @@ class Transfer:
             except (httpx.InvalidURL, httpx.UnsupportedProtocol, httpx.TooManyRedirects) as error:
                 raise StepError(f"`{self.shown_url}` cannot be followed: {error}") from error
             except (_Transient, httpx.TransportError) as error:
+                self.context.check_cancelled()
                 fruitless = 0 if part.seek(0, os.SEEK_END) > before else fruitless + 1
                 reason = str(error) or type(error).__name__
                 if is_certificate_error(error):
@@ -118,6 +121,7 @@ class Transfer:
         if offset and "Range" not in headers:
             offset = self._restart(part)
         with client.stream("GET", self.url, headers=headers) as response:
+            self._socket = response.extensions["network_stream"].get_extra_info("socket")
             if response.status_code == 416:
                 if offset and response.headers.get("Content-Range") == f"bytes */{offset}":
                     return
@@ -224,6 +228,14 @@ class Transfer:
         self.context.log(f"{reason}; trying again in {wait_s:.1f} s")
         self._wake.wait(wait_s)
         self.context.check_cancelled()
+
+    def _hang_up(self) -> None:
+        """End what the transfer waits for; called from another thread."""
+        self._wake.set()
+        if self._socket is not None:
+            # It may be closed by now.
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
 
     def _give_up(self, reason: str, tries: int) -> StepFailed:
         return StepFailed(

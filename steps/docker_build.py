@@ -51,7 +51,7 @@ def run(params: Params, context: Context) -> StepOutputs:
     folder = context.plan_dir / params.context
     if not folder.is_dir():
         raise StepError(f"build context `{folder}` is not a folder")
-    dockerfile = _dockerfile(params, context, folder)
+    dockerfile = _dockerfile(params, context.plan_dir, folder)
     _refuse_secrets(params, context)
     with engine(context) as client:
         _build(client, params, context, folder, dockerfile)
@@ -60,6 +60,21 @@ def run(params: Params, context: Context) -> StepOutputs:
         name = params.image.rpartition(":")[0] if ":" in params.image.rpartition("/")[2] else params.image
         digest = next((entry for entry in sorted(known) if entry.startswith(f"{name}@")), str(image.id))
         return {"image": params.image, "image_id": str(image.id), "digest": digest}
+
+
+def code_files(params: Params, plan_dir: Path) -> list[Path]:
+    """The Dockerfile and what of the context is sent to the engine."""
+    from docker.utils import exclude_paths
+
+    folder = plan_dir / params.context
+    if not folder.is_dir():
+        return []
+    ignore = folder / ".dockerignore"
+    lines = [line.strip() for line in ignore.read_text().splitlines()] if ignore.is_file() else []
+    sent = exclude_paths(str(folder), [line for line in lines if line and not line.startswith("#")])
+    dockerfiles = [plan_dir / params.dockerfile, folder / params.dockerfile] if params.dockerfile else []
+    files = [*dockerfiles[:1], *(folder / name for name in sorted(sent))]
+    return [path for path in dict.fromkeys(files) if path.is_file()]
 
 
 def _build(client: "DockerClient", params: Params, context: Context, folder: Path, dockerfile: Path) -> None:
@@ -105,11 +120,11 @@ def _failure(event: dict[str, Any], instruction: str, image: str) -> StepFailed:
     return StepFailed(f"building `{image}`: {where}{detail.get('message') or event['error']}")
 
 
-def _dockerfile(params: Params, context: Context, folder: Path) -> Path:
+def _dockerfile(params: Params, plan_dir: Path, folder: Path) -> Path:
     if not params.dockerfile:
         candidates = [folder / "Dockerfile"]
     else:
-        candidates = [context.plan_dir / params.dockerfile, folder / params.dockerfile]
+        candidates = [plan_dir / params.dockerfile, folder / params.dockerfile]
     for candidate in candidates:
         if candidate.is_file():
             return candidate.resolve()

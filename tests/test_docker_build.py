@@ -7,7 +7,7 @@ import uuid
 import pytest
 
 from steps import StepCancelled, StepError, StepFailed
-from steps.docker_build import Params, run
+from steps.docker_build import Params, code_files, run
 
 pytestmark = pytest.mark.docker
 
@@ -64,6 +64,20 @@ def test_the_context_leaves_out_what_dockerignore_names(write, image, docker_eng
         image, ["find", "/app", "-type", "f"], remove=True, network_mode="none"
     ).decode()
     assert sorted(found.split()) == ["/app/.dockerignore", "/app/Dockerfile", "/app/keep"]
+
+
+def test_the_cache_key_is_made_of_what_is_sent(write):
+    folder = write(
+        app__Dockerfile="FROM small\n", app__keep="x", app__big="x", app___dot_dockerignore="big\n", Own="FROM small\n"
+    )
+    found = code_files(Params(image="x", context="app", dockerfile="Own"), folder)
+    assert [str(path.relative_to(folder)) for path in found] == [
+        "Own",
+        "app/.dockerignore",
+        "app/Dockerfile",
+        "app/keep",
+    ]
+    assert code_files(Params(image="x", context="missing"), folder) == []
 
 
 @pytest.mark.parametrize("dockerfile", ["build/Own", "Own"])

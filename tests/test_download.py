@@ -265,6 +265,39 @@ def test_cancel_ends_a_stalled_wait_and_keeps_the_part(shop, address, step_conte
     assert ended == [True] and any(name.endswith(".part") for name in leftovers(context))
 
 
+def test_cancel_ends_a_transfer_that_stalls(shop, address, step_context):
+    stalled, release = threading.Event(), threading.Event()
+
+    def stall(handler):
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(BODY)))
+        handler.end_headers()
+        handler.wfile.write(BODY[:10])
+        handler.wfile.flush()
+        stalled.set()
+        release.wait(60)
+        handler.close_connection = True
+
+    shop.troubles = [stall]
+    context, ended = step_context(), []
+
+    def work():
+        try:
+            transfer(address, context)
+        except StepCancelled:
+            ended.append(True)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert stalled.wait(20)
+    while not context.progress and thread.is_alive():
+        stalled.wait(0.01)
+    context.cancel()
+    thread.join(20)
+    release.set()
+    assert ended == [True] and len(shop.requests) == 1
+
+
 def test_too_little_room_is_told_before_the_transfer(shop, address, step_context):
     def promise(handler):
         handler.send_response(200)
