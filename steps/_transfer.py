@@ -17,7 +17,6 @@ import random
 import shutil
 import socket
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -27,6 +26,7 @@ import httpx
 from steps import Context, StepError, StepFailed
 from steps._files import write_whole
 from steps._http import TRANSIENT_STATUS, http_client, is_certificate_error, retry_after_s, without_secrets
+from steps._rate import Rate
 
 
 class _Transient(Exception):
@@ -69,7 +69,7 @@ class Transfer:
         self._resumed = False
         self._wake = threading.Event()
         self._socket: socket.socket | None = None
-        self._rate = _Rate()
+        self._rate = Rate()
 
     def run(self) -> str:
         """Transfer the file; its sha256. Raises `StepError` for what is final, `StepFailed` for what may pass later."""
@@ -124,6 +124,7 @@ class Transfer:
             self._socket = response.extensions["network_stream"].get_extra_info("socket")
             if response.status_code == 416:
                 if offset and response.headers.get("Content-Range") == f"bytes */{offset}":
+                    self._resumed = True
                     return
                 self._restart(part)
                 raise _Transient("the server does not have the range asked for", 0)
@@ -135,7 +136,7 @@ class Transfer:
             elif offset:
                 offset = self._restart(part)
             self._remember(response)
-            total = _total(response, offset)
+            total = _total(response)
             self._check_space(total, offset)
             self._copy(response, part, offset, total)
 
@@ -191,6 +192,10 @@ class Transfer:
         if not content_range.startswith(f"bytes {offset}-"):
             self._restart(part)
             raise _Transient(f"got the range `{content_range}`, wanted one from byte {offset}", 0)
+        asked = response.request.headers.get("If-Range", "")
+        if asked.startswith('"') and response.headers.get("ETag", asked) != asked:
+            self._restart(part)
+            raise _Transient("the file has changed, and the server sent a part of the new one", 0)
 
     def _check_space(self, total: int | None, offset: int) -> None:
         free = shutil.disk_usage(self.target.parent).free
@@ -283,30 +288,9 @@ class Transfer:
             raise
 
 
-class _Rate:
-    """Bytes per second, since the transfer began."""
-
-    def __init__(self) -> None:
-        self._started_at = time.monotonic()
-        self._bytes = 0
-
-    def progress(self, arrived: int, offset: int, total: int | None) -> dict[str, object]:
-        self._bytes += arrived
-        rate = self._bytes / max(time.monotonic() - self._started_at, 1e-3)
-        done = f"{_size(offset)} of {_size(total)}" if total else _size(offset)
-        progress: dict[str, object] = {"text": f"{done}, {_size(rate)}/s", "bytes_per_s": round(rate)}
-        return {**progress, "fraction": offset / total} if total else progress
-
-
-def _size(number: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if number < 1024:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1024
-    return f"{number:.1f} TiB"
-
-
-def _total(response: httpx.Response, offset: int) -> int | None:
+def _total(response: httpx.Response) -> int | None:
     """Size of the whole file, None when the server does not say."""
-    length = response.headers.get("Content-Length", "")
-    return offset + int(length) if length.isdigit() else None
+    size = response.headers.get("Content-Range", "").rpartition("/")[2]
+    if response.status_code == 200:
+        size = response.headers.get("Content-Length", "")
+    return int(size) if size.isdigit() else None

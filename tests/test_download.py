@@ -142,6 +142,23 @@ def test_a_changed_file_is_not_glued_to_the_old_part(shop, address, step_context
     assert (context.plan_dir / "out.bin").read_bytes() == BODY[::-1]
 
 
+def test_a_server_that_ignores_if_range_is_seen_through(shop, address, step_context):
+    shop.troubles = [shop.break_after(70_000)]
+    with pytest.raises(StepFailed):
+        transfer(address, step_context(), tries=1)
+
+    def part_of_another(handler):
+        handler.send_response(206)
+        handler.send_header("ETag", '"v2"')
+        handler.send_header("Content-Range", f"bytes 70000-{len(BODY) - 1}/{len(BODY)}")
+        handler.send_header("Content-Length", str(len(BODY) - 70_000))
+        handler.end_headers()
+        handler.wfile.write(b"x" * (len(BODY) - 70_000))
+
+    shop.troubles = [part_of_another]
+    assert transfer(address, step_context()) == SHA256
+
+
 @pytest.mark.parametrize("etag", ["", 'W/"weak"'])
 def test_without_a_validator_it_starts_again(shop, address, step_context, etag):
     shop.etag, shop.troubles = etag, [shop.break_after(1000)]
