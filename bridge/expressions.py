@@ -257,7 +257,21 @@ def _render_typed(value: Any, annotation: Any, metadata: list[Any], scope: Mappi
             else render(item, scope)
             for key, item in value.items()
         }
-    return render(value, scope)
+    return _as_text(render(value, scope), annotation)
+
+
+def _as_text(value: Any, annotation: Any) -> Any:
+    """What a template gave, as a text where the model wants one, as it is when written in the plan."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _as_text(value, arguments[0])
+    if annotation is str:
+        return value if value is None else to_text(value)
+    if origin is list and isinstance(value, list):
+        return [_as_text(item, arguments[0]) for item in value]
+    if origin is dict and isinstance(value, Mapping):
+        return {key: _as_text(item, arguments[1]) for key, item in value.items()}
+    return value
 
 
 def _fitting(value: Any, arms: tuple[Any, ...]) -> tuple[Any, list[Any]]:
@@ -269,7 +283,7 @@ def _fitting(value: Any, arms: tuple[Any, ...]) -> tuple[Any, list[Any]]:
         is_model = isinstance(kind, type) and issubclass(kind, BaseModel)
         if (wanted is str and metadata) or (wanted is not str and kind is wanted) or (wanted is dict and is_model):
             return bare, metadata
-    return Any, []
+    return (str if set(arms) <= {str, type(None)} else Any), []
 
 
 def shell_texts(model: type[Frozen], params: Mapping[str, Any]) -> Iterator[tuple[tuple[str | int, ...], str]]:

@@ -276,6 +276,39 @@ def test_the_script_of_a_command_is_quoted_and_its_other_arguments_are_not() -> 
     assert render_params(model, whole, {"params": {"v": ["a"]}})["args"] == ["a"]
 
 
+class Typed(Frozen):
+    text: str = ""
+    maybe: str | None = None
+    count: int = 0
+    many: list[str] = []
+    by_name: dict[str, str] = {}
+    any: int | str = 0
+
+
+def test_a_number_in_a_template_is_a_text_where_a_text_is_wanted() -> None:
+    scope = {"params": {"n": 3, "b": True, "none": None, "list": [1, "x"], "map": {"k": 0.5}}}
+    params = {
+        "text": "${{ params.n }}",
+        "maybe": "${{ params.b }}",
+        "count": "${{ params.n }}",
+        "many": ["${{ params.n }}", "x${{ params.n }}"],
+        "by_name": "${{ params.map }}",
+        "any": "${{ params.n }}",
+    }
+    rendered = render_params(Typed, params, scope)
+    assert rendered == {
+        "text": "3",
+        "maybe": "true",
+        "count": 3,
+        "many": ["3", "x3"],
+        "by_name": {"k": "0.5"},
+        "any": 3,
+    }
+    Typed.model_validate(rendered)
+    assert render_params(Typed, {"many": "${{ params.list }}"}, scope) == {"many": ["1", "x"]}
+    assert render_params(Typed, {"maybe": "${{ params.none }}"}, scope) == {"maybe": None}
+
+
 @pytest.mark.parametrize(
     ("argv", "position"),
     [
