@@ -3,9 +3,8 @@
 ids -> references -> cycles -> conditions -> templates -> the fields of each step type -> sizes and values
 """
 
-import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from bridge.conditions import never_true
@@ -13,10 +12,11 @@ from bridge.expressions import is_template, script_position
 from bridge.fields import validate
 from bridge.order import cycle_text, cycles, dependencies, topological_order, waits_for
 from bridge.params import declared_fault, resolve_params
-from bridge.plan import Condition, Plan, Resources, Step
+from bridge.plan import Condition, Plan, Step
 from bridge.problems import Finding, Path, PlanError, Problem, brief, nearest_hint, path_text
 from bridge.scopes import TemplateChecks, field_path, known_outputs
 from bridge.shell import python_script
+from bridge.values import VARIABLE, common_values, environment, secrets, step_values
 from steps._contract import StepError
 from steps._registry import StepType, find
 
@@ -24,14 +24,7 @@ __all__ = ["check_plan", "dependencies", "find_problems", "log_name", "resolve_p
 
 MAX_STEPS = 20_000
 MAX_ID_LENGTH = 100
-MAX_COMBINATIONS = 10_000
 
-_MEMORY = re.compile(r"\d+(\.\d+)?\s*([kmgtp](i?b)?|b)?\Z", re.IGNORECASE)
-_SECRET_NAME = re.compile(
-    r"(\A|_)(TOKEN|SECRET|SECRETS|PASSWORD|PASSWD|PASSPHRASE|API_?KEY|ACCESS_KEY|PRIVATE_KEY|CREDENTIALS?)\Z",
-    re.IGNORECASE,
-)
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 _RESERVED = {"events.jsonl": "the run's own events"}
 
 
@@ -82,7 +75,7 @@ class _Checks:
             yield from templates.of_step(index, step, step_type)
             if step_type is not None:
                 yield from _params(index, step, step_type)
-            yield from _step_values(index, step)
+            yield from step_values(index, step)
         yield from self._cycles()
 
     def _outputs_of(self, step: Step) -> frozenset[str] | None:
@@ -101,16 +94,16 @@ class _Checks:
 
     def _plan_values(self) -> Iterator[Finding]:
         for name, param in self.plan.params.items():
-            if not _VARIABLE.match(name):
+            if not VARIABLE.match(name):
                 yield Finding(("params", name), f"param `{name}`: wanted letters, digits and `_`", at_key=True)
             field, fault = declared_fault(param)
             if fault and not is_template(param.default):
                 yield Finding(("params", name, field), fault)
-        yield from _environment(("env",), self.plan.env)
-        yield from _environment(("defaults", "env"), self.plan.defaults.env)
-        yield from _secrets(("secrets",), self.plan.secrets)
-        yield from _secrets(("defaults", "secrets"), self.plan.defaults.secrets)
-        yield from _common_values(("defaults",), self.plan.defaults)
+        yield from environment(("env",), self.plan.env)
+        yield from environment(("defaults", "env"), self.plan.defaults.env)
+        yield from secrets(("secrets",), self.plan.secrets)
+        yield from secrets(("defaults", "secrets"), self.plan.defaults.secrets)
+        yield from common_values(("defaults",), self.plan.defaults)
 
     def _ids(self) -> Iterator[Finding]:
         seen: dict[str, tuple[int, str]] = {}
@@ -238,7 +231,7 @@ def _params(index: int, step: Step, step_type: StepType) -> Iterator[Finding]:
         if field.is_required() and isinstance(value, str) and not value.strip():
             yield Finding((*base, name), f"`{name}` of step `{step.id}` is empty")
     if isinstance(step.params.get("env"), dict) and step.type not in ("command",):
-        yield from _environment((*base, "env"), step.params["env"])
+        yield from environment((*base, "env"), step.params["env"])
     yield from _scripts(index, step, step_type)
 
 
@@ -257,97 +250,3 @@ def _scripts(index: int, step: Step, step_type: StepType) -> Iterator[Finding]:
             f"pass the value through `env`, and {hint}",
             "warning",
         )
-
-
-def _step_values(index: int, step: Step) -> Iterator[Finding]:
-    path: Path = ("steps", index)
-    yield from _environment((*path, "env"), step.env)
-    yield from _secrets((*path, "secrets"), step.secrets)
-    yield from _common_values(path, step)
-    if step.matrix is not None:
-        yield from _matrix((*path, "matrix"), step)
-    elif step.max_parallel is not None:
-        yield Finding(
-            (*path, "max_parallel"), "`max_parallel` has no effect without `matrix`", "use `locks`", "warning"
-        )
-
-
-def _common_values(path: Path, holder: Any) -> Iterator[Finding]:
-    """Values that a step and `defaults` have alike."""
-    if holder.timeout_seconds is not None and not math.isfinite(holder.timeout_seconds):
-        yield Finding(
-            (*path, "timeout_seconds"), f"`timeout_seconds`: got `{holder.timeout_seconds}`, wanted a finite number"
-        )
-    if holder.resources is not None:
-        yield from _resources((*path, "resources"), holder.resources)
-    if holder.retry is not None:
-        for position, cause in enumerate(holder.retry.on or []):
-            if isinstance(cause, int) and (cause == 0 or not -64 <= cause <= 255):
-                wanted = "wanted 1 to 255, or -1 to -64 for a signal"
-                yield Finding((*path, "retry", "on", position), f"`on`: got exit code `{cause}`, {wanted}")
-
-
-def _resources(path: Path, resources: Resources) -> Iterator[Finding]:
-    named: Mapping[str, Any] = {"cpus": resources.cpus, "gpus": resources.gpus}
-    places = [((*path, name), value) for name, value in named.items() if value is not None]
-    places += [((*path, "custom", name), value) for name, value in resources.custom.items()]
-    for place, value in places:
-        if is_template(value):
-            continue
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if not (math.isfinite(number) and number >= 0):
-            yield Finding(place, f"`{place[-1]}`: got {brief(value)}, wanted a number of at least 0, or a template")
-    memory = resources.memory
-    if memory is None or is_template(memory):
-        return
-    if (isinstance(memory, int) and memory <= 0) or (isinstance(memory, str) and not _MEMORY.match(memory.strip())):
-        yield Finding((*path, "memory"), f"`memory`: got {brief(memory)}, wanted bytes or a text like `8GiB`")
-
-
-def _matrix(path: Path, step: Step) -> Iterator[Finding]:
-    size = 1
-    if not step.matrix:
-        yield Finding(path, f"`matrix` of step `{step.id}` is empty", "add `name: [value, ...]`, or remove it")
-    for name, values in (step.matrix or {}).items():
-        if isinstance(values, str):
-            if not is_template(values):
-                yield Finding(
-                    (*path, name), f"matrix `{name}`: got {brief(values)}, wanted a list or a template of one"
-                )
-        elif not values:
-            yield Finding((*path, name), f"matrix `{name}` has no values", "add one, or remove it")
-        else:
-            size *= len(values)
-    if size > MAX_COMBINATIONS:
-        yield Finding(
-            path, f"`matrix` of step `{step.id}` has {size:,} combinations, the limit is {MAX_COMBINATIONS:,}"
-        )
-
-
-def _environment(path: Path, env: Mapping[str, Any]) -> Iterator[Finding]:
-    for name, value in env.items():
-        if not name or "=" in name or "\0" in name:
-            yield Finding((*path, name), f"{brief(name)} cannot be the name of an environment variable", at_key=True)
-        elif isinstance(value, str) and "\0" in value:
-            yield Finding((*path, name), f"`{name}` has a NUL character, which no environment can hold")
-        elif _SECRET_NAME.search(name) and isinstance(value, str) and value and not is_template(value):
-            message = f"`{name}` looks like a secret that is written in the plan"
-            yield Finding(
-                (*path, name), message, f"use `secrets: [{name}]`: the value is then stored nowhere", "warning"
-            )
-
-
-def _secrets(path: Path, secrets: list[str] | dict[str, str]) -> Iterator[Finding]:
-    entries = secrets.items() if isinstance(secrets, dict) else enumerate(secrets)
-    for key, secret in entries:
-        variable = key if isinstance(key, str) else secret
-        if not _VARIABLE.match(variable):
-            message = f"{brief(variable)} cannot be the name of an environment variable"
-            yield Finding(
-                (*path, key), message, "write `secrets: {VARIABLE: secret-name}`", at_key=isinstance(key, str)
-            )
-        elif not secret.strip() or "/" in secret or secret.startswith("."):
-            yield Finding((*path, key), f"{brief(secret)} is not the name of a secret")
