@@ -22,12 +22,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from steps import _registry
 from steps._contract import Outputs, StepCancelled, StepError, StepFailed, StepTimedOut
 from steps._environment import step_environment
 from steps._files import HOST, OUTPUTS, PROGRESS, RESULT, write_once, write_whole
 from steps._logs import AttemptLogs, Capture
-from steps._masking import mask_text, mask_value
+from steps._masking import mask_file, mask_text, mask_value
 from steps._process import become_subreaper, descendants, end, end_children, identity, is_alive, kill_leftovers, marked
 from steps._request import Outcome, StepRequest, StepResult
 from steps._secrets import resolve_secrets
@@ -146,6 +148,8 @@ class Host:
         """Run a program to its end; its exit code, 128 + n when signal n killed it."""
         environment = {**self.env, **(env or {})}
         folder = working_dir or self.working_dir
+        if not argv[0]:
+            raise StepError("the name of the program to run is empty")
         program = argv[0] if "/" in argv[0] else shutil.which(argv[0], path=environment.get("PATH", os.defpath))
         if program is None:
             raise StepError(f"program `{argv[0]}` is not on the step's PATH\n\nhint: PATH is {environment.get('PATH')}")
@@ -160,6 +164,10 @@ class Host:
             )
         except OSError as error:
             raise StepError(f"program `{argv[0]}` cannot be started in `{folder}`: {error.strerror}") from error
+        except ValueError as error:
+            raise StepError(
+                f"program `{argv[0]}` cannot be started: {error} in its arguments or environment"
+            ) from error
         process.communicate(stdin)
         self.check_cancelled()
         return process.returncode if process.returncode >= 0 else 128 - process.returncode
@@ -193,7 +201,7 @@ class Host:
                     self._inside = True
                     self.check_cancelled()
                     step_type = _registry.find(self.request.type)
-                    params = step_type.params.model_validate(self.request.params)
+                    params = _checked(step_type, self.request.params)
                     outputs = step_type.run(params, self) or {}
             except SystemExit as error:
                 if error.code not in (None, 0):
@@ -358,6 +366,8 @@ class Host:
         assert self.result is not None
         if self._logs is not None:
             self._logs.close()
+        if self.secrets:
+            mask_file(self.attempt_dir / OUTPUTS, self.secrets.values())
         write_whole(self.attempt_dir / RESULT, self.result.model_dump_json())
         return self.result
 
@@ -391,6 +401,15 @@ def warm_up() -> None:
     thread = threading.Thread(target=is_alive, args=(identity(),))
     thread.start()
     thread.join()
+
+
+def _checked(step_type: _registry.StepType, params: dict[str, Any]) -> Any:
+    """The step's own fields, checked once more: a template may have rendered to what the plan's check could not see."""
+    try:
+        return step_type.params.model_validate(params)
+    except ValidationError as error:
+        problems = [f"`{'.'.join(map(str, each['loc']))}`: {each['msg']}" for each in error.errors(include_input=False)]
+        raise StepError(f"params of a `{step_type.name}` step do not fit: {'; '.join(problems)}") from None
 
 
 def _reason(error: StepFailed) -> str:

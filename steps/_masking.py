@@ -4,6 +4,7 @@ import base64
 import json
 import shlex
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, quote_plus
 
@@ -98,6 +99,20 @@ def mask_value(value: Any, secrets: Iterable[str]) -> Any:
     if isinstance(value, list):
         return [mask_value(item, secrets) for item in value]
     return value
+
+
+def mask_file(path: Path, secrets: Iterable[str]) -> None:
+    """Hide every secret in a file, when there is one."""
+    masker = Masker(secrets)
+    hidden = path.with_name(f".{path.name}.masked")
+    try:
+        with path.open("rb") as source, hidden.open("wb") as target:
+            while data := source.read(1 << 16):
+                target.write(masker.feed(data))
+            target.write(masker.flush())
+    except FileNotFoundError:
+        return
+    hidden.replace(path)
 
 
 def _percent(text: str) -> str:

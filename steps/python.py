@@ -62,4 +62,6 @@ def _find(call: str) -> Any:
         if not hasattr(function, part):
             raise StepError(f"module `{module_name}` has no `{function_name}`")
         function = getattr(function, part)
+    if not callable(function):
+        raise StepError(f"`{function_name}` of module `{module_name}` is not callable")
     return function
