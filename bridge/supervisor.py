@@ -65,6 +65,7 @@ class Supervisor:
     def start(self) -> None:
         """Adopt the services that live and start those that do not."""
         found = _read_services(self._state.services_file)
+        was_used = self._state.services_file.exists() or self._state.temporal_db.exists()
         remembered = found.get("ports")
         remembered = remembered if isinstance(remembered, dict) else {}
         records = found.get("processes")
@@ -83,7 +84,8 @@ class Supervisor:
         if self._ray.alive:
             self._wanted.append(self._ray)
             self._when_ray_is_usable(self._ray.pid, time.monotonic() + RAY_START_TIMEOUT_S)
-        if found.get("is_clean") is not True and self._state.temporal_db.exists():
+        self._save()
+        if was_used and found.get("is_clean") is not True:
             from bridge import leftovers
 
             adopted = (self._temporal, self._worker, self._ray)

@@ -1,7 +1,9 @@
 """The supervisor with a real Temporal server: crashes of every part, adoption, and what it leaves open."""
 
+import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import stat
@@ -96,6 +98,21 @@ def test_everything_killed_is_started_anew(local_state: State, stand_in_worker: 
     after = services.ensure(local_state, worker_command=stand_in_worker)
     assert after == before
     assert not set(pids(local_state).values()) & set(old.values())
+
+
+@pytest.mark.temporal
+def test_kills_at_random_moments_leave_one_of_each(local_state: State, stand_in_worker: list[str]) -> None:
+    chance = random.Random(7)
+    for _ in range(8):
+        before = services.ensure(local_state, worker_command=stand_in_worker)
+        for pid in pids(local_state).values():
+            if pid and chance.random() < 0.5:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(chance.random() * 0.1)
+    assert services.ensure(local_state, worker_command=stand_in_worker) == before
+    expected = wait_for(lambda: (found := pids(local_state)) and all(found.values()) and found)
+    assert sorted(marked(local_state)) == sorted([expected["temporal"], expected["worker"]])
 
 
 @pytest.mark.temporal
