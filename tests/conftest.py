@@ -461,6 +461,7 @@ def local_state(tmp_path: Path) -> Iterator[Any]:
     state = State(tmp_path / "state")
     yield state
     services.stop(state)
+    shutil.rmtree(state.ray_temp_dir, ignore_errors=True)
 
 
 @pytest.fixture
