@@ -123,7 +123,7 @@ def columns(header: Sequence[str], rows: Sequence[Sequence[str]], stream: TextIO
 
 def coloured(text: str, state: str, limit: int | None) -> str:
     """`text` in the colour of `state`, or as it is where there is no terminal (`limit` is None)."""
-    if limit is None or state not in COLOURS:
+    if limit is None or state not in COLOURS or os.environ.get("NO_COLOR"):
         return text
     import click
 
@@ -132,7 +132,7 @@ def coloured(text: str, state: str, limit: int | None) -> str:
 
 def heading(text: str, limit: int | None) -> str:
     """`text` in bold on a terminal."""
-    if limit is None or not text:
+    if limit is None or not text or os.environ.get("NO_COLOR"):
         return text
     import click
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 from bridge.terminal import COLOURS, clock, cut, duration, terminal_width, visible
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, RenderableType
     from rich.live import Live
     from rich.table import Table
 
@@ -28,6 +28,7 @@ SMALL_PLAN = 30
 """A plan with more steps is shown live by its running and failed ones."""
 DRAWN_AFTER_S = 0.2
 """A run that ends before is not worth a live view."""
+DRAWINGS_PER_S = 4
 BAR_CELLS = 12
 
 Step = dict[str, Any]
@@ -129,12 +130,14 @@ class PlainView:
 
 
 class LiveView:
-    """A line per step that is redrawn in place; of a big plan the running and failed steps, and counts."""
+    """A line per step that is redrawn in place; of a big plan the running and failed steps, and counts.
+
+    A thread of rich draws as well, so that times go on while an answer is awaited.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._live: Live | None = None
-        self._notes: list[str] = []
         self._born_at = time.monotonic()
 
     def update(self, watched: Watched, changes: list[tuple[Step | None, Step]]) -> None:
@@ -142,8 +145,8 @@ class LiveView:
         if self._live is None:
             if time.monotonic() - self._born_at < DRAWN_AFTER_S or watched.ended:
                 return
-            self._live = self._start()
-        self._live.update(self._drawn(watched), refresh=True)
+            self._live = self._start(watched)
+        self._live.refresh()
 
     def note(self, text: str) -> None:
         """A line above the view; it stays."""
@@ -160,24 +163,30 @@ class LiveView:
             self._live.stop()
             self._live = None
 
-    def _start(self) -> "Live":
+    def _start(self, watched: Watched) -> "Live":
         from rich.console import Console
         from rich.live import Live
 
         console = Console(file=self._stream, markup=False, highlight=False)
         # Nobody else writes to our streams while we watch, and `print` must stay the terminal's own.
-        live = Live(console=console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False)
+        live = Live(
+            console=console,
+            get_renderable=lambda: self._drawn(watched, console),
+            refresh_per_second=DRAWINGS_PER_S,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
         live.start()
         return live
 
-    def _drawn(self, watched: Watched) -> "RenderableType":
+    def _drawn(self, watched: Watched, console: "Console") -> "RenderableType":
         from rich.console import ConsoleDimensions, Group
         from rich.text import Text
 
-        assert self._live is not None
         # Rich asks stdin for the size, which need not be the terminal that is drawn on.
         cells, lines = os.get_terminal_size(self._stream.fileno())
-        self._live.console.size = size = ConsoleDimensions(cells or 80, lines or 24)
+        console.size = size = ConsoleDimensions(cells or 80, lines or 24)
         room = max(1, size.height - 3)
         steps = chosen(watched, room)
         hidden = len(watched.steps) - len(steps)
@@ -229,7 +238,8 @@ def view_for(stream: TextIO, quiet: bool) -> View:
     """The view that suits a stream."""
     if quiet:
         return QuietView(stream)
-    return LiveView(stream) if terminal_width(stream) is not None else PlainView(stream)
+    can_draw = terminal_width(stream) is not None and os.environ.get("TERM") != "dumb"
+    return LiveView(stream) if can_draw else PlainView(stream)
 
 
 def glyph(state: str) -> str:

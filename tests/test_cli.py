@@ -21,6 +21,8 @@ from typing import Any
 import pyte
 import pytest
 
+from bridge.cli.connection import LocalConnection, RemoteConnection, connect
+from bridge.cli.failure import Failure
 from bridge.cli.main import GROUPS, main
 from bridge.records import append_event, new_event, run_dir
 from bridge.report import AttemptReport, RunProgress, RunReport, RunSummary, StepReport, StepState
@@ -538,6 +540,21 @@ def test_an_invalid_plan_starts_no_service(clean: State, tmp_path: Path, capsys:
     assert not clean.services_file.exists() and not clean.supervisor_socket.exists()
 
 
+@pytest.mark.parametrize(
+    ("profile", "remote"), [("[profile.default]\naddress = 'h:1'", True), ("[profile.default]\nnamespace = 'n'", False)]
+)
+def test_an_address_of_temporals_own_configuration_counts(
+    clean: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, profile: str, remote: bool
+) -> None:
+    (tmp_path / "temporal.toml").write_text(profile)
+    monkeypatch.setenv("TEMPORAL_CONFIG_FILE", str(tmp_path / "temporal.toml"))
+    assert isinstance(connect(None, None, None), RemoteConnection if remote else LocalConnection)
+    assert isinstance(connect("h:2", None, None), RemoteConnection)
+    (tmp_path / "temporal.toml").write_text("no toml")
+    with pytest.raises(Failure, match="not valid TOML"):
+        connect(None, None, None)
+
+
 def test_a_temporal_that_does_not_answer(clean: State, plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(plan), "--address", "127.0.0.1:1"]) == 3
     shown = capsys.readouterr().err
@@ -700,6 +717,15 @@ class Terminal:
         """The key."""
         os.write(self._reader, b"\x03")
 
+    def terminate(self) -> None:
+        """SIGTERM to the command."""
+        self._process.terminate()
+
+    @property
+    def cursor_is_shown(self) -> bool:
+        """Whether the terminal shows its cursor."""
+        return not self._screen.cursor.hidden
+
     def end(self) -> tuple[int, str]:
         """Wait for the end; exit code and screen."""
         while self._read():
@@ -738,6 +764,33 @@ def test_ctrl_c_cancels_a_run(home: Home) -> None:
     assert code == 130
     assert "asking the run to cancel" in shown and "plan `gated` ■ cancelled" in shown
     assert "▸" not in shown
+
+
+@pytest.mark.temporal
+def test_another_temporal_is_used_by_its_address(home: Home) -> None:
+    home.run("up")
+    address = json.loads(home.run("status", "--json").stdout)["temporal"]["address"]
+    elsewhere = {"ORCHESTRATE_HOME": str(home.folder / "elsewhere"), "TEMPORAL_ADDRESS": address}
+    done = home.run(home.plan("remote", HELLO), "--json", **elsewhere)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["steps"][0]["stdout_tail"] == "hello world\n"
+    assert home.run("logs", "last", **elsewhere).stdout == "hello | hello world\n"
+    assert json.loads(home.run("show", document["workflow_id"], "--json").stdout) == document
+    assert not State(home.folder / "elsewhere").services_file.exists()
+
+
+@pytest.mark.temporal
+def test_a_killed_watcher_leaves_the_terminal_in_order(home: Home) -> None:
+    (home.folder / "gate").unlink(missing_ok=True)
+    terminal = Terminal(home, home.plan("gated", GATED), "--workflow-id", "left-alone")
+    terminal.wait_for("waiting")
+    terminal.terminate()
+    code, shown = terminal.end()
+    assert code == 128 + signal.SIGTERM
+    assert terminal.cursor_is_shown and "▸" not in shown
+    (home.folder / "gate").touch()
+    assert home.run("attach", "left-alone").returncode == 0
 
 
 @pytest.mark.temporal

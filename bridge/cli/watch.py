@@ -68,12 +68,14 @@ class Interrupts:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Handle SIGINT here until the end of the block."""
-        before = signal.signal(signal.SIGINT, self._handle)
+        """Handle SIGINT here until the end of the block; let SIGTERM and SIGHUP leave it in good order."""
+        handlers = {signal.SIGINT: self._handle, signal.SIGTERM: _leave, signal.SIGHUP: _leave}
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -95,6 +97,10 @@ class Interrupts:
         self._waiting = False
         self._pending -= 1
         raise Interrupted
+
+
+def _leave(signum: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + signum)
 
 
 def watch(connection: Connection, workflow_id: str, run_id: str, output: Output) -> int:
