@@ -15,6 +15,7 @@ import ray
 from ray.exceptions import (
     ActorUnavailableError,
     LocalRayletDiedError,
+    NodeDiedError,
     RayActorError,
     RayError,
     RaySystemError,
@@ -232,27 +233,18 @@ class Attempt:
         await _kill(actor, dispatched)
 
     async def _salvage(self, dispatched: Dispatched, how: str) -> StepResult | None:
-        """What a dead actor left on its node: a result, the rest of its logs. None when it never began the attempt."""
-        folder, node_answers = str(within(Path(dispatched.folder), self._request.key)), True
+        """What became of an attempt whose actor is dead. None when it was never begun and may be started elsewhere."""
         error = f"the Ray actor of the step is gone: {how}"
-        while True:
-            try:
-                arguments = folder, self._cursor, self._request.step_key, self._request.attempt
-                poll: Poll = await _call(_on_node(_look, dispatched.node_id, *arguments), _SALVAGE_S)
-            except (RayError, TimeoutError) as lost:
-                node_answers, error = False, f"{error}; its node does not answer: {_first_line(lost)}"
-                break
-            if poll.begun is False:
-                # Released in this moment by another worker's driver, or never begun.
-                return read_result(self._folder)
-            before, self._cursor = self._cursor, write_at(self._folder, self._cursor, poll)
-            if poll.result is not None or self._cursor.offsets == before.offsets:
-                break
-        if node_answers and poll.result is not None:
-            _on_node(_remove, dispatched.node_id, folder)
-            return poll.result
-        if node_answers:
-            _on_node(_remove, dispatched.node_id, folder)
+        try:
+            poll = await self._read_remains(dispatched)
+        except (RayError, TimeoutError) as lost:
+            error = f"{error}; its node does not answer: {_first_line(lost)}"
+        else:
+            # Another worker's driver may have fetched and released it in this moment.
+            if known := poll.result or read_result(self._folder):
+                return known
+            if poll.begun is False and not self._shown.pid and not any(self._cursor.offsets):
+                return None
         if self._cancelled.is_set():
             return StepResult(outcome="cancelled", reason="cancelled", error="cancelled; its actor had to be killed")
         if time.time() > dispatched.at + self._request.timeout_s + self._request.grace_s:
@@ -263,6 +255,20 @@ class Attempt:
             outcome="failed", reason="infrastructure", error=error, started_at=dispatched.at,
             duration_s=time.time() - dispatched.at, node=self._shown.node, pid=self._shown.pid,
         )  # fmt: skip
+
+    async def _read_remains(self, dispatched: Dispatched) -> Poll:
+        """Copy the rest of the logs from the actor's node; the last answer. Raises Ray's errors for a dead node."""
+        nodes = await asyncio.to_thread(ray.nodes)
+        if not any(node["Alive"] and node["NodeID"] == dispatched.node_id for node in nodes):
+            raise NodeDiedError("it is dead")
+        folder = str(within(Path(dispatched.folder), self._request.key))
+        arguments = self._request.step_key, self._request.attempt
+        while True:
+            poll: Poll = await _call(_on_node(_look, dispatched.node_id, folder, self._cursor, *arguments), _SALVAGE_S)
+            before, self._cursor = self._cursor, write_at(self._folder, self._cursor, poll)
+            if poll.result is not None or self._cursor.offsets == before.offsets:
+                _on_node(_remove, dispatched.node_id, folder)
+                return poll
 
     def _copy(self, poll: Poll) -> None:
         self._cursor = write_at(self._folder, self._cursor, poll)

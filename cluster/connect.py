@@ -78,11 +78,9 @@ def _connect(address: str, token_file: Path | None) -> None:
     _connected.clear()
     try:
         ray.init(address, namespace=NAMESPACE, log_to_driver=False, logging_level="error")
-    except (AuthenticationError, PermissionError) as error:
-        raise ClusterAuthError(_token_refused(address, token_file)) from error
     except Exception as error:
-        # Ray raises `ConnectionError`, `RuntimeError` and errors of its own here, some for a wrong token.
-        if any(word in str(error).lower() for word in ("token", "unauthenticated", "authentication")):
+        # Ray raises `ConnectionError`, `RuntimeError` and errors of its own here; a refused token may be their cause.
+        if any(isinstance(cause, AuthenticationError) or "token" in str(cause).lower() for cause in _causes(error)):
             raise ClusterAuthError(_token_refused(address, token_file)) from error
         raise ClusterError(
             f"the Ray cluster at `{address}` does not accept a driver here: {str(error).splitlines()[0]}\n\n"
@@ -90,6 +88,13 @@ def _connect(address: str, token_file: Path | None) -> None:
         ) from error
 
     _connected.append(address)
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    causes = [error]
+    while cause := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(cause)
+    return causes
 
 
 def _set_environment(token_file: Path | None) -> None:
