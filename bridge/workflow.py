@@ -94,7 +94,8 @@ class PlanWorkflow:
         for state in states:
             counts[state.state] = counts.get(state.state, 0) + 1
         total = max(self._schedule.known, len(states))
-        counts["waiting"] = counts.get("waiting", 0) + total - len(states)
+        if total > len(states):
+            counts["waiting"] = total - len(states)
         return RunProgress(
             workflow_id=self._workflow_id,
             run_id=self._run_id,

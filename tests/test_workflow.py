@@ -1,0 +1,283 @@
+"""Plans run for real: Temporal server, worker in this process, forked steps."""
+
+import asyncio
+import contextlib
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from temporalio.worker import UnsandboxedWorkflowRunner, Worker
+
+from bridge.activities import Activities
+from bridge.cache import StepCache
+from bridge.client import Client, RunConflict, RunNotFound, connect_temporal
+from bridge.dispatch import LocalDispatch
+from bridge.plan import Plan, Step
+from bridge.reader import read_plan_text
+from bridge.records import events_of, run_dir
+from bridge.report import RunReport
+from bridge.state import State
+from bridge.workflow import PlanWorkflow
+
+pytestmark = pytest.mark.temporal
+
+
+@contextlib.asynccontextmanager
+async def open_client(address: str, folder: Path) -> AsyncIterator[Client]:
+    """A client whose runs are served by a worker in this process."""
+    state = State(folder / "state").create()
+    temporal = await connect_temporal(address, None, state)
+    local = LocalDispatch()
+    local.start()
+    activities = Activities(lambda call: local, StepCache(state.cache_file), state.secrets_dir)
+    queue = f"queue-{uuid.uuid4().hex}"
+    async with Worker(
+        temporal,
+        task_queue=queue,
+        workflows=[PlanWorkflow],
+        activities=activities.all,
+        workflow_runner=UnsandboxedWorkflowRunner(),
+    ):
+        yield Client(temporal, queue, state, local=False)
+    local.close()
+
+
+@pytest.fixture
+async def client(temporal_server: str, tmp_path: Path) -> AsyncIterator[Client]:
+    async with open_client(temporal_server, tmp_path) as client:
+        yield client
+
+
+def shell(step_id: str, script: str, **fields: Any) -> Step:
+    return Step.model_validate(
+        {"id": step_id, "type": "command", "params": {"command": "bash", "args": ["-c", script]}, **fields}
+    )
+
+
+def by_id(report: RunReport) -> dict[str, Any]:
+    return {step.id: step for step in report.steps}
+
+
+async def test_values_flow_from_params_and_outputs_into_later_steps(client: Client, tmp_path: Path) -> None:
+    text = """
+params: {who: {type: string}, times: {type: integer, default: 2}}
+env: {GREETING: "hello ${{ params.who }}"}
+steps:
+  - id: a
+    type: command
+    command: bash
+    args: [-c, 'echo "{\\"words\\": [\\"$GREETING\\", \\"x\\"]}" >> $STEP_OUTPUTS']
+  - id: b
+    type: python
+    python: {call: "json:dumps", arguments: {obj: "${{ steps.a.outputs.words }}"}}
+  - {id: c, type: command, command: echo, args: ["${{ steps.b.outputs.result }}", "${{ params.times }}"]}
+"""
+    loaded = read_plan_text(text, tmp_path / "flow.yaml")
+    report = await client.run(loaded, params={"who": "a b"}, log_dir=tmp_path / "logs")
+    steps = by_id(report)
+    assert report.outcome == "succeeded"
+    assert report.plan == "flow"
+    assert steps["b"].outputs == {"result": '["hello a b", "x"]'}
+    assert Path(steps["c"].stdout_path).read_text() == '["hello a b", "x"] 2\n'
+    assert steps["c"].attempts[0].outcome == "succeeded"
+
+
+async def test_a_failed_run_has_a_complete_report_and_event_log(client: Client, tmp_path: Path) -> None:
+    plan = Plan(
+        name="failing",
+        steps=[
+            shell("bad", "echo reason >&2; exit 7"),
+            shell("after", "true", depends_on=["bad"]),
+            shell("handler", "echo handled", when={"step": "bad", "exit_code": 7}),
+        ],
+    )
+    report = await client.run(plan, plan_dir=tmp_path, log_dir=tmp_path / "logs")
+    steps = by_id(report)
+    assert report.outcome == "failed"
+    assert (steps["bad"].outcome, steps["bad"].exit_code, steps["bad"].reason) == ("failed", 7, "exit_code")
+    assert (steps["after"].outcome, steps["after"].error) == ("skipped", "`bad` failed")
+    assert steps["handler"].outcome == "succeeded"
+    folder = run_dir(tmp_path / "logs", report.workflow_id, report.run_id)
+    written = RunReport.model_validate_json((folder / "report.json").read_text())
+    assert by_id(written)["bad"].stderr_tail == "reason\n"
+    events = [(event.status, event.step_id) for event in events_of(folder)]
+    assert events[0] == ("run_started", "")
+    assert events[-1] == ("run_finished", "")
+    assert sorted(events[1:-1]) == [
+        ("step_finished", "bad"),
+        ("step_finished", "handler"),
+        ("step_skipped", "after"),
+        ("step_started", "bad"),
+        ("step_started", "handler"),
+    ]
+
+
+async def test_retry_keeps_the_logs_of_every_attempt_and_stops_at_what_it_is_not_for(
+    client: Client, tmp_path: Path
+) -> None:
+    script = (
+        'echo "try $STEP_ATTEMPT"; n=$(cat count 2>/dev/null || echo 0); echo $((n+1)) > count; exit $((n < 2 ? 5 : 0))'
+    )
+    plan = Plan(
+        steps=[
+            shell("flaky", script, retry={"max_attempts": 5, "backoff_s": 0.01, "on": [5]}, allow_failure=True),
+            shell("other", "exit 6", retry={"max_attempts": 5, "backoff_s": 0.01, "on": [5]}, allow_failure=True),
+            shell(
+                "slow", "sleep 60", timeout_seconds=0.3, retry={"max_attempts": 2, "backoff_s": 0, "on": ["timeout"]}
+            ),
+        ]
+    )
+    steps = by_id(await client.run(plan, plan_dir=tmp_path, log_dir=tmp_path / "logs"))
+    assert [attempt.exit_code for attempt in steps["flaky"].attempts] == [5, 5, 0]
+    logs = Path(steps["flaky"].stdout_path).parents[1]
+    assert [(logs / f"attempt-{n}" / "stdout.log").read_text() for n in (1, 2, 3)] == ["try 1\n", "try 2\n", "try 3\n"]
+    assert len(steps["other"].attempts) == 1
+    assert [attempt.outcome for attempt in steps["slow"].attempts] == ["timed_out", "timed_out"]
+
+
+async def test_cancel_ends_what_runs_and_still_cleans_up(client: Client, tmp_path: Path) -> None:
+    plan = Plan(
+        steps=[
+            shell("long", "trap 'echo told; exit 1' TERM; sleep 60 & wait"),
+            shell("next", "true", depends_on=["long"]),
+            shell("clean", "echo cleaned", when="always", depends_on=["next"]),
+        ]
+    )
+    run = await client.start(plan, plan_dir=tmp_path, log_dir=tmp_path / "logs")
+    while (await client.progress(run.workflow_id, run.run_id)).counts.get("running") != 1:
+        await asyncio.sleep(0.05)
+    folder = run_dir(tmp_path / "logs", run.workflow_id, run.run_id)
+    while not (folder / "long" / "attempt-1" / "host.json").exists():
+        await asyncio.sleep(0.05)
+    await client.cancel(run.workflow_id, run.run_id)
+    report = await client.wait(run.workflow_id, run.run_id)
+    assert report.outcome == "cancelled"
+    assert {step.id: step.outcome for step in report.steps} == {
+        "long": "cancelled",
+        "next": "skipped",
+        "clean": "succeeded",
+    }
+    (summary,) = [one for one in await client.runs() if one.workflow_id == run.workflow_id]
+    assert summary.state == "cancelled"
+
+
+async def test_on_failure_cancel_ends_the_running_siblings(client: Client, tmp_path: Path) -> None:
+    plan = Plan(on_failure="cancel", steps=[shell("bad", "sleep 0.5; exit 1"), shell("long", "sleep 60")])
+    started = time.monotonic()
+    report = await client.run(plan, plan_dir=tmp_path, log_dir=tmp_path / "logs")
+    assert {step.id: step.outcome for step in report.steps} == {"bad": "failed", "long": "cancelled"}
+    assert report.outcome == "failed"
+    assert time.monotonic() - started < 30
+
+
+async def test_retry_runs_only_what_did_not_succeed(client: Client, tmp_path: Path) -> None:
+    plan = Plan(
+        steps=[
+            shell("once", "echo x >> once.txt; echo '{\"n\": 4}' >> $STEP_OUTPUTS"),
+            shell("gate", "test -e open", depends_on=["once"]),
+            shell("last", "echo $N > last.txt", depends_on=["gate"], env={"N": "${{ steps.once.outputs.n }}"}),
+        ]
+    )
+    first = await client.run(plan, plan_dir=tmp_path, log_dir=tmp_path / "logs")
+    assert first.outcome == "failed"
+    (tmp_path / "open").touch()
+    again = await client.retry(first.workflow_id, first.run_id)
+    second = await client.wait(again.workflow_id, again.run_id)
+    assert second.outcome == "succeeded"
+    assert (tmp_path / "once.txt").read_text() == "x\n"
+    assert (tmp_path / "last.txt").read_text() == "4\n"
+    assert (await client.report(first.workflow_id, first.run_id)).outcome == "failed"
+
+
+async def test_cached_steps_give_their_old_outputs(client: Client, tmp_path: Path) -> None:
+    (tmp_path / "data.txt").write_text("1")
+    plan = Plan(
+        name="cached",
+        steps=[
+            shell(
+                "read",
+                'echo ran >> runs; echo "{\\"v\\": $(cat data.txt)}" >> $STEP_OUTPUTS',
+                cache={"inputs": ["data.txt"]},
+            ),
+            shell("use", "echo ran >> runs", cache=True, env={"V": "${{ steps.read.outputs.v }}"}),
+        ],
+    )
+    await client.run(plan, plan_dir=tmp_path, log_dir=tmp_path / "logs")
+    second = await client.run(plan, plan_dir=tmp_path, log_dir=tmp_path / "logs")
+    assert [(step.reason, step.attempts) for step in second.steps] == [("cached", []), ("cached", [])]
+    assert second.steps[0].outputs == {"v": 1}
+    assert (tmp_path / "runs").read_text() == "ran\nran\n"
+    (tmp_path / "data.txt").write_text("2")
+    third = await client.run(plan, plan_dir=tmp_path, log_dir=tmp_path / "logs")
+    assert [step.reason for step in third.steps] == ["", ""]
+    assert third.steps[0].outputs == {"v": 2}
+
+
+async def test_progress_tells_what_changed_and_what_running_steps_say(client: Client, tmp_path: Path) -> None:
+    plan = Plan(steps=[shell("talk", "echo working on it; while ! test -e stop; do sleep 0.05; done")])
+    run = await client.start(plan, plan_dir=tmp_path, log_dir=tmp_path / "logs")
+    seen = await client.progress(run.workflow_id, run.run_id, since=0, wait_s=5)
+    deadline = time.monotonic() + 30
+    while not any(step.progress.last_line == "working on it" for step in seen.steps):
+        assert time.monotonic() < deadline
+        seen = await client.progress(run.workflow_id, run.run_id, since=seen.sequence, wait_s=0.3)
+    assert seen.state == "running"
+    (tmp_path / "stop").touch()
+    while seen.state == "running":
+        seen = await client.progress(run.workflow_id, run.run_id, since=seen.sequence, wait_s=5)
+    assert seen.state == "succeeded"
+    assert seen.counts == {"succeeded": 1}
+
+
+async def test_conflicts_and_unknown_runs(client: Client, tmp_path: Path) -> None:
+    plan = Plan(steps=[shell("wait", "while ! test -e stop; do sleep 0.05; done")])
+    run = await client.start(plan, plan_dir=tmp_path, workflow_id=f"w-{uuid.uuid4().hex}")
+    with pytest.raises(RunConflict, match="goes on"):
+        await client.start(plan, plan_dir=tmp_path, workflow_id=run.workflow_id)
+    with pytest.raises(RunConflict, match="cancel"):
+        await client.retry(run.workflow_id)
+    with pytest.raises(RunNotFound, match="no run `nope`"):
+        await client.report("nope")
+    (tmp_path / "stop").touch()
+    assert (await client.wait(run.workflow_id)).outcome == "succeeded"
+
+
+async def test_outputs_over_temporals_limit_travel(client: Client, tmp_path: Path) -> None:
+    big = "import json,os\nopen(os.environ['STEP_OUTPUTS'],'a').write(json.dumps({'blob': os.urandom(400_000).hex()}))"
+    plan = Plan(
+        steps=[
+            *(
+                Step(id=f"big{n}", type="command", params={"command": "python", "args": ["-c", big]}, outputs=["blob"])
+                for n in range(4)
+            ),
+            Step.model_validate(
+                {
+                    "id": "all",
+                    "type": "python",
+                    "params": {
+                        "call": "builtins:len",
+                        "arguments": {},
+                    },
+                    "allow_failure": True,
+                    "depends_on": ["big0"],
+                }
+            ),
+            shell("size", "true", depends_on=[f"big{n}" for n in range(4)]),
+        ]
+    )
+    report = await client.run(plan, plan_dir=tmp_path, log_dir=tmp_path / "logs")
+    steps = by_id(report)
+    assert report.outcome == "succeeded"
+    assert all(len(steps[f"big{n}"].outputs["blob"]) == 800_000 for n in range(4))
+
+
+async def test_a_value_that_is_missing_at_run_time_fails_the_step_that_needs_it(client: Client, tmp_path: Path) -> None:
+    plan = Plan(steps=[shell("a", "true"), shell("b", "true", env={"X": "${{ steps.a.outputs.nope }}"})])
+    steps = by_id(await client.run(plan, plan_dir=tmp_path, log_dir=tmp_path / "logs"))
+    assert steps["b"].outcome == "failed"
+    assert "nope" in steps["b"].error
+    assert json.dumps(steps["b"].outputs) == "{}"
