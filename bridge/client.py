@@ -44,6 +44,7 @@ from bridge.state import State
 from steps import Progress
 
 TASK_QUEUE = "orchestration"
+CONNECT_TIMEOUT_S = 10.0
 _POLL_S = 0.1
 
 _STATES: dict[WorkflowExecutionStatus | None, RunState] = {
@@ -392,12 +393,24 @@ def is_remote() -> bool:
     return bool(ClientConfig.load_client_connect_config().get("target_host"))
 
 
-async def connect_temporal(address: str | None, namespace: str | None, state: State) -> TemporalClient:
-    """Connect with Temporal's environment configuration (address, namespace, TLS, API key), arguments winning."""
+async def connect_temporal(
+    address: str | None, namespace: str | None, state: State, *, timeout_s: float = CONNECT_TIMEOUT_S
+) -> TemporalClient:
+    """Connect with Temporal's environment configuration (address, namespace, TLS, API key), arguments winning.
+
+    A server that is just starting is waited for. `RuntimeError` when none answers within `timeout_s` seconds.
+    """
     config = dict(ClientConfig.load_client_connect_config())
     given = {"target_host": address, "namespace": namespace}
     config.update({name: value for name, value in given.items() if value})
-    return await TemporalClient.connect(**config, data_converter=data_converter(state))  # type: ignore[arg-type]
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return await TemporalClient.connect(**config, data_converter=data_converter(state))  # type: ignore[arg-type]
+        except RuntimeError:
+            if time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(0.01)
 
 
 def _loaded(plan: Plan, plan_dir: str | Path | None) -> LoadedPlan:

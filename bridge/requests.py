@@ -4,7 +4,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from bridge.calls import RunInput, StepCall
-from bridge.expressions import render, render_params
+from bridge.expressions import render, render_params, to_text
 from bridge.plan import DEFAULT_TIMEOUT_S, Cache, Resources
 from bridge.schedule import Instance, Scope
 from steps import StepRequest
@@ -67,4 +67,4 @@ def _cache(cache: bool | Cache | None, scope: Scope) -> Cache | None:
 
 
 def _texts(values: dict[str, Any]) -> dict[str, str]:
-    return {name: value if isinstance(value, str) else str(value) for name, value in values.items()}
+    return {name: to_text(value) for name, value in values.items()}

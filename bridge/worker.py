@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import signal
-import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -48,7 +47,7 @@ async def serve(
     local = LocalDispatch()
     local.start()
     placement = Placement(local, state)
-    temporal = await _connect(address, namespace, state, connect_timeout_s)
+    temporal = await connect_temporal(address, namespace, state, timeout_s=connect_timeout_s)
     activities = Activities(placement.choose, StepCache(state.cache_file), state.secrets_dir)
     worker = Worker(
         temporal,
@@ -72,18 +71,6 @@ async def serve(
         forgetting = asyncio.create_task(_forget_dead_workers(temporal))
         await stopped.wait()
         forgetting.cancel()
-
-
-async def _connect(address: str | None, namespace: str | None, state: State, timeout_s: float) -> TemporalClient:
-    """Connect, waiting for a server that is just starting."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            return await connect_temporal(address, namespace, state)
-        except (RuntimeError, RPCError):
-            if time.monotonic() > deadline:
-                raise
-            await asyncio.sleep(0.01)
 
 
 async def _forget_dead_workers(temporal: TemporalClient) -> None:
