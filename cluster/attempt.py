@@ -127,9 +127,9 @@ class Attempt:
 
     async def _lease(self) -> Lease | StepResult:
         """An actor, or the result when there will be none."""
-        key, waited_s = self._request.key, 0.0
+        key, wait_s = self._request.key, 0.3
         while not self._cancelled.is_set():
-            call = asyncio.ensure_future(self._ask_pool(waited_s))
+            call = asyncio.ensure_future(self._ask_pool(wait_s))
             lease: Lease | None = await self._unless_cancelled(call)
             if lease is None:
                 break
@@ -140,7 +140,7 @@ class Attempt:
             if lease.state == "failed":
                 return StepResult(outcome="failed", reason="infrastructure", error=lease.text)
             self._show(text=lease.text)
-            waited_s = 0.3 if waited_s == 0.0 else 2.0
+            wait_s = 2.0
         pool = await _pool(self._pool_name, self._idle_ttl_s)
         pool.release.remote(key, False)
         return StepResult(outcome="cancelled", reason="cancelled", error="cancelled before it started")

@@ -71,6 +71,11 @@ def _connect(address: str, token_file: Path | None) -> None:
     import ray
     from ray.exceptions import AuthenticationError
 
+    try:
+        # `ray.init` would try a wrong token for 20 s.
+        ray._raylet.GcsClient(address=address)
+    except AuthenticationError as error:
+        raise ClusterAuthError(_token_refused(address, token_file)) from error
     if ray.is_initialized():
         if _connected == [address] and raylet_answers():
             return
@@ -79,22 +84,13 @@ def _connect(address: str, token_file: Path | None) -> None:
     try:
         ray.init(address, namespace=NAMESPACE, log_to_driver=False, logging_level="error")
     except Exception as error:
-        # Ray raises `ConnectionError`, `RuntimeError` and errors of its own here; a refused token may be their cause.
-        if any(isinstance(cause, AuthenticationError) or "token" in str(cause).lower() for cause in _causes(error)):
-            raise ClusterAuthError(_token_refused(address, token_file)) from error
+        # Ray raises `ConnectionError`, `RuntimeError` and errors of its own here.
         raise ClusterError(
-            f"the Ray cluster at `{address}` does not accept a driver here: {str(error).splitlines()[0]}\n\n"
+            f"the Ray cluster at `{address}` does not accept a driver here: {str(error).partition(chr(10))[0]}\n\n"
             "hint: a Ray node must run on this machine too"
         ) from error
 
     _connected.append(address)
-
-
-def _causes(error: BaseException) -> list[BaseException]:
-    causes = [error]
-    while cause := causes[-1].__cause__ or causes[-1].__context__:
-        causes.append(cause)
-    return causes
 
 
 def _set_environment(token_file: Path | None) -> None:

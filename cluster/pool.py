@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Coroutine
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import ray
 from ray.actor import ActorHandle
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 _MOST_PENDING = 8
 """Actors of one shape that may be on their way at a time."""
 _TICK_S = 1.0
+_VIEW_AGE_S = 0.3
 _CHECK_INTERVAL_S = 5.0
 _CHECK_TIMEOUT_S = 10.0
 _FORGOTTEN_WAITER_S = 60.0
@@ -86,6 +87,15 @@ class _Waiter:
         self.asked_at = self.since
 
 
+class _View(NamedTuple):
+    """Ray's nodes and resources at one time."""
+
+    nodes: list[dict[str, Any]]
+    free: dict[str, float]
+    total: dict[str, float]
+    at: float
+
+
 class Pool:
     """Made a detached Ray actor by `open_pool`."""
 
@@ -96,6 +106,8 @@ class Pool:
         self._waiters: dict[str, _Waiter] = {}
         self._waits_for: dict[str, set[str]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._view = _View([], {}, {}, at=-_VIEW_AGE_S)
+        self._looking = asyncio.Lock()
         self._opening = asyncio.Lock()
         self._open = False
         self._wake = asyncio.Event()
@@ -112,7 +124,7 @@ class Pool:
             waiter = self._waiters[key] = _Waiter(key, shape)
             self._serve()
             if not waiter.lease.done():
-                if reason := why_infeasible(shape, await asyncio.to_thread(ray.nodes)):
+                if reason := why_infeasible(shape, (await self._look_at_cluster()).nodes):
                     self._waiters.pop(key, None)
                     return Lease(state="infeasible", text=reason)
                 self._wake.set()
@@ -229,7 +241,7 @@ class Pool:
         self._waits_for = {identity: found for identity, found in self._waits_for.items() if identity in waiting}
         if not waiting:
             return
-        free = dict(await asyncio.to_thread(ray.available_resources))
+        free = dict((await self._look_at_cluster()).free)
         ordered = [member for member in self._members.values() if not member.node_id]
         for identity, waiters in waiting.items():
             shape = waiters[0].shape
@@ -320,17 +332,29 @@ class Pool:
             ray.kill(member.handle, no_restart=True)
 
     async def _waiting_text(self, shape: ResourceShape) -> str:
-        free = await asyncio.to_thread(ray.available_resources)
-        total = await asyncio.to_thread(ray.cluster_resources)
-        if not lacking(shape, free):
+        view = await self._look_at_cluster()
+        if not lacking(shape, view.free):
             return f"starting an actor with {shape}"
-        parts = [f"{free.get(name, 0):g} of {total.get(name, 0):g} {name} free" for name in sorted(shape.amounts)]
+        parts = [
+            f"{view.free.get(name, 0):g} of {view.total.get(name, 0):g} {name} free" for name in sorted(shape.amounts)
+        ]
         return f"waiting for a node with {shape} ({', '.join(parts)})"
+
+    async def _look_at_cluster(self) -> "_View":
+        """The cluster as it was at most `_VIEW_AGE_S` ago: hundreds of keys may wait at a time."""
+        async with self._looking:
+            if time.monotonic() - self._view.at > _VIEW_AGE_S:
+                self._view = await asyncio.to_thread(_look)
+        return self._view
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _look() -> _View:
+    return _View(ray.nodes(), ray.available_resources(), ray.cluster_resources(), time.monotonic())
 
 
 @lru_cache(maxsize=1)
