@@ -310,37 +310,51 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
 
 
 @pytest.fixture(scope="session")
-def temporal_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def temporal_server(make_temporal_server: Callable[..., str]) -> str:
     """Address of a real Temporal dev server on loopback, tuned as the local services tune theirs."""
+    return make_temporal_server()
+
+
+@pytest.fixture(scope="session")
+def make_temporal_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., str]]:
+    """Starts Temporal dev servers; further dynamic settings are given as `name=value`."""
     import os
     import signal
     import socket
     import sys
     import time
 
-    folder = tmp_path_factory.mktemp("temporal")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    argv = [str(Path(sys.executable).with_name("temporal")), "server", "start-dev", "--headless"]
-    argv += ["--ip", "127.0.0.1", "--port", str(port), "--db-filename", str(folder / "temporal.db")]
-    argv += ["--dynamic-config-value", "history.transferProcessorMaxPollRPS=2000", "--log-level", "error"]
-    log = folder / "server.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(argv, stdout=output, stderr=output, stdin=subprocess.DEVNULL, process_group=0)
-    try:
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def start(*settings: str) -> str:
+        folder = tmp_path_factory.mktemp("temporal")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        argv = [str(Path(sys.executable).with_name("temporal")), "server", "start-dev", "--headless"]
+        argv += ["--ip", "127.0.0.1", "--port", str(port), "--db-filename", str(folder / "temporal.db")]
+        argv += ["--sqlite-pragma", "journal_mode=WAL", "--sqlite-pragma", "synchronous=NORMAL", "--log-level", "error"]
+        for setting in ("history.transferProcessorMaxPollRPS=2000", *settings):
+            argv += ["--dynamic-config-value", setting]
+        log = folder / "server.log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(argv, stdout=output, stderr=output, stdin=subprocess.DEVNULL, process_group=0)
+        processes.append(process)
         deadline = time.monotonic() + 60
         while True:
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()
             try:
                 socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
+                return f"127.0.0.1:{port}"
             except OSError:
                 time.sleep(0.05)
-        yield f"127.0.0.1:{port}"
+
+    try:
+        yield start
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait(30)
+        for process in processes:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(30)
 
 
 class RayHead:

@@ -5,7 +5,7 @@ import contextlib
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -281,3 +281,38 @@ async def test_a_value_that_is_missing_at_run_time_fails_the_step_that_needs_it(
     assert steps["b"].outcome == "failed"
     assert "nope" in steps["b"].error
     assert json.dumps(steps["b"].outputs) == "{}"
+
+
+async def test_a_long_run_goes_on_in_new_executions_and_keeps_its_running_steps(
+    make_temporal_server: Callable[..., str], tmp_path: Path
+) -> None:
+    address = make_temporal_server("limit.historyCount.suggestContinueAsNew=60")
+    async with open_client(address, tmp_path) as client:
+        steps = [shell(f"s{n}", f"echo {n} >> effects", depends_on=[f"s{n - 2}"] if n > 1 else []) for n in range(40)]
+        slow = shell("slow", "echo slow >> effects; echo begun; while ! test -e stop; do sleep 0.05; done; echo ended")
+        after = shell("after", "touch stop", depends_on=["s39"])
+        run = await client.start(
+            Plan(name="long", steps=[slow, *steps, after]), plan_dir=tmp_path, log_dir=tmp_path / "logs"
+        )
+        report = await client.wait(run.workflow_id, run.run_id)
+        executions = [one async for one in client.temporal.list_workflows(f'WorkflowId="{run.workflow_id}"')]
+    assert len(executions) > 3
+    assert report.outcome == "succeeded"
+    assert report.run_id == run.run_id
+    assert len(report.steps) == 42
+    assert sorted((tmp_path / "effects").read_text().split()) == sorted(["slow", *(str(n) for n in range(40))])
+    assert Path(by_id(report)["slow"].stdout_path).read_text() == "begun\nended\n"
+    assert [attempt.number for attempt in by_id(report)["slow"].attempts] == [1]
+
+
+async def test_more_steps_than_temporal_allows_at_once(client: Client, tmp_path: Path) -> None:
+    plan = Plan(
+        name="wide",
+        steps=[
+            Step(id="all", type="command", params={"command": "true"}, matrix={"n": list(range(2001))}),
+            shell("last", "true", depends_on=["all"]),
+        ],
+    )
+    report = await client.run(plan, plan_dir=tmp_path, log_dir=tmp_path / "logs")
+    assert report.outcome == "succeeded"
+    assert len(report.steps) == 2002
