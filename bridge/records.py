@@ -124,11 +124,6 @@ class GrowingLines:
         self.offset = offset
         """Bytes taken so far: always the start of a line."""
 
-    def skip(self) -> None:
-        """Go to the end: only later lines are given."""
-        for _ in self.read():
-            pass
-
     def read(self) -> Iterator[bytes]:
         """The lines completed since the last call."""
         try:
@@ -277,14 +272,18 @@ def follow(
 
 
 def follow_events(folder: Path, poll_s: float = POLL_S) -> Iterator[Event]:
-    """Events that come after now, until the run is over."""
+    """Events that come after this call, until the run is over."""
     lines = GrowingLines(folder / EVENTS)
-    finished = any(event.status == "run_finished" for event in read_events(lines))
-    while not finished:
-        for event in read_events(lines):
-            finished = finished or event.status == "run_finished"
-            yield event
-        time.sleep(0 if finished else poll_s)
+    statuses = {event.status for event in read_events(lines)}
+
+    def later() -> Iterator[Event]:
+        while "run_finished" not in statuses:
+            for event in read_events(lines):
+                statuses.add(event.status)
+                yield event
+            time.sleep(0 if "run_finished" in statuses else poll_s)
+
+    return later()
 
 
 def _record(line: bytes) -> dict[str, Any] | None:

@@ -558,7 +558,7 @@ def test_an_address_of_temporals_own_configuration_counts(
 def test_a_temporal_that_does_not_answer(clean: State, plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(plan), "--address", "127.0.0.1:1"]) == 3
     shown = capsys.readouterr().err
-    assert shown.startswith("error:") and "Traceback" not in shown
+    assert shown.startswith("error: cannot reach Temporal at `127.0.0.1:1`") and "Traceback" not in shown
     assert not clean.services_file.exists()
 
 
@@ -754,9 +754,12 @@ os.execv(sys.argv[1], sys.argv[1:])
 
 
 @pytest.mark.temporal
-def test_ctrl_c_cancels_a_run(home: Home) -> None:
+@pytest.mark.parametrize("remote", [False, True])
+def test_ctrl_c_cancels_a_run(home: Home, remote: bool) -> None:
+    home.run("up")
     (home.folder / "gate").unlink(missing_ok=True)
-    terminal = Terminal(home, home.plan("gated", GATED))
+    address = json.loads(home.run("status", "--json").stdout)["temporal"]["address"]
+    terminal = Terminal(home, home.plan("gated", GATED), *(["--address", address] if remote else []))
     shown = terminal.wait_for("waiting")
     assert re.search(r"^▸ gated +running ", shown, re.MULTILINE)
     terminal.press_ctrl_c()
@@ -797,7 +800,7 @@ def test_a_killed_watcher_leaves_the_terminal_in_order(home: Home) -> None:
 def test_ctrl_c_twice_lets_go_of_a_run(home: Home) -> None:
     (home.folder / "gate").unlink(missing_ok=True)
     # A step that takes its time to end, so that the second Ctrl-C comes before the run is over.
-    script = 'trap "sleep 2; exit" TERM; echo ready; sleep 60 & wait'
+    script = 'trap "sleep 3; exit" TERM; echo ready; sleep 60 & wait'
     step = f"{{id: slow, type: command, command: bash, args: [-c, '{script}']}}"
     terminal = Terminal(home, home.plan("slow", step))
     terminal.wait_for("ready")

@@ -162,10 +162,10 @@ def test_the_live_view_has_a_line_for_each_step(screen: Screen) -> None:
         running("evil\x1b[2J", last_line="\x1b]0;title\x07ok"),
     )
     title, fetch, train, evil = screen.lines()
-    assert re.fullmatch(r"demo  5\.\d\ds  2 running, 1 succeeded", title)
+    assert re.fullmatch(r"demo  [0-9.]+s  2 running, 1 succeeded", title)
     assert re.fullmatch(r"✓ fetch +succeeded +2\.50s", fetch)
-    assert re.fullmatch(r"▸ train +running +3\.\d\ds attempt 2  on gpu-1  ━{6}╌{6}  50%  epoch 3  loss…?.*", train)
-    assert re.fullmatch(r"▸ evil +running +3\.\d\ds ok", evil)
+    assert re.fullmatch(r"▸ train +running +[0-9.]+s attempt 2  on gpu-1  ━{6}╌{6}  50%  epoch 3  loss…?.*", train)
+    assert re.fullmatch(r"▸ evil +running +[0-9.]+s ok", evil)
     view.close()
     assert screen.lines() == []
 

@@ -10,14 +10,13 @@ import json
 import os
 import socket
 import time
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from bridge.cli.failure import Failure, Unreachable
 from bridge.state import State
-
-if TYPE_CHECKING:
-    from collections.abc import Coroutine
 
 CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 120.0
@@ -59,8 +58,14 @@ class CallError(Exception):
         return self.message
 
 
+Waiting = Callable[[], AbstractContextManager[None]]
+
+
 class Connection(Protocol):
     """Whoever carries out the calls of `bridge.client.Client`."""
+
+    waiting: Waiting
+    """Entered around every wait for somebody else; it may raise there, and only there, to interrupt a call."""
 
     def call(self, method: str, **arguments: Any) -> Any:
         """The answer as JSON data. Raises `CallError`, `Lost`, or `Unreachable` when no service can be reached."""
@@ -102,6 +107,7 @@ class LocalConnection:
 
     def __init__(self, state: State) -> None:
         self.state = state
+        self.waiting: Waiting = nullcontext
 
     def is_up(self) -> bool:
         """True when something listens on the gateway's socket."""
@@ -138,7 +144,8 @@ class LocalConnection:
         from bridge import services
 
         try:
-            services.ensure(self.state)
+            with self.waiting():
+                services.ensure(self.state)
         except services.ServiceError as error:
             raise Unreachable(str(error)) from error
 
@@ -150,18 +157,16 @@ class LocalConnection:
             link.settimeout(ANSWER_TIMEOUT_S + arguments.get("wait_s", 0.0))
             try:
                 link.sendall(json.dumps({"method": method, "arguments": arguments}).encode() + b"\n")
-                with link.makefile("rb") as answers:
-                    for line in answers:
-                        if not line.endswith(b"\n"):
-                            break
-                        answer = json.loads(line)
-                        if "error" in answer:
-                            error = answer["error"]
-                            raise CallError(error["kind"], error["message"], tuple(error.get("names", ())))
-                        return answer["result"]
+                with link.makefile("rb") as answers, self.waiting():
+                    line = answers.readline()
             except OSError as error:
                 raise Lost(f"`{self.state.gateway_socket}`: {error}", sent=True) from error
-        raise Lost(f"`{self.state.gateway_socket}` was closed before the answer", sent=True)
+        if not line.endswith(b"\n"):
+            raise Lost(f"`{self.state.gateway_socket}` was closed before the answer", sent=True)
+        answer = json.loads(line)
+        if refusal := answer.get("error"):
+            raise CallError(refusal["kind"], refusal["message"], tuple(refusal.get("names", ())))
+        return answer["result"]
 
     def _open(self) -> socket.socket:
         link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -175,9 +180,10 @@ class LocalConnection:
 
 
 class RemoteConnection:
-    """A Temporal server somewhere else, by the client library in this process."""
+    """A Temporal server somewhere else, through `bridge.client` in this process."""
 
     def __init__(self, address: str | None, namespace: str | None, task_queue: str | None) -> None:
+        self.waiting: Waiting = nullcontext
         self._target: dict[str, Any] = {"address": address, "namespace": namespace, "task_queue": task_queue}
         self._client: Any = None
         self._loop: Any = None
@@ -188,14 +194,19 @@ class RemoteConnection:
         return True
 
     def call(self, method: str, **arguments: Any) -> Any:
-        """See `Connection`."""
-        try:
-            if self._client is None:
-                self._client = self._run(_connected(self._target))
-            return _plain(self._run(getattr(self._client, method)(**arguments)))
-        except Exception as error:
-            names = error.args if type(error).__name__ == "SecretsNeeded" else ()
-            raise CallError(type(error).__name__, str(error), names) from error
+        """See `Connection`. Temporal's own client connects again; calls that may be repeated are."""
+        give_up_at = time.monotonic() + RECOVERY_LIMIT_S
+        if self._client is None:
+            self._client = self._connect()
+        while True:
+            try:
+                return _plain(self._run(getattr(self._client, method)(**arguments)))
+            except Exception as error:
+                kind = type(error).__name__
+                if kind not in TRANSIENT or method not in REPEATABLE or time.monotonic() > give_up_at:
+                    names = error.args if kind == "SecretsNeeded" else ()
+                    raise CallError(kind, str(error), names) from error
+            time.sleep(RECOVERY_PAUSE_S)
 
     def close(self) -> None:
         """End what is still asked for, and the loop."""
@@ -206,7 +217,16 @@ class RemoteConnection:
             self._loop.close()
             self._loop = self._client = None
 
-    def _run(self, work: "Coroutine[Any, Any, Any]") -> Any:
+    def _connect(self) -> Any:
+        try:
+            return self._run(_connected(self._target))
+        except Exception as error:
+            place = f"`{self._target['address']}`" if self._target["address"] else "the configured address"
+            raise Unreachable(
+                f"cannot reach Temporal at {place}: {error}", "without an address the local services are used"
+            ) from error
+
+    def _run(self, work: Coroutine[Any, Any, Any]) -> Any:
         # The loop has a thread of its own: Ctrl-C then interrupts the wait here and never the loop.
         import asyncio
         import threading
@@ -217,7 +237,8 @@ class RemoteConnection:
             self._thread.start()
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
-            return future.result()
+            with self.waiting():
+                return future.result()
         finally:
             future.cancel()
 

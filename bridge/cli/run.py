@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from bridge.cli.connection import CallError, Connection, LocalConnection
+from bridge.cli.connection import CallError, Connection, LocalConnection, Lost
 from bridge.cli.failure import Failure
 from bridge.cli.options import connected, json_option, service_options
 from bridge.cli.watch import Output, watch
@@ -105,19 +105,13 @@ def follow(connection: Connection, started: dict[str, Any], output: Output, deta
 
 
 def submit(connection: Connection, request: dict[str, Any]) -> dict[str, Any]:
-    """Start the plan once, whatever becomes of the connection meanwhile.
-
-    Secrets that only this process's environment knows are handed over on the way.
-    """
-    from bridge.cli.connection import Lost
-
+    """Start the plan once, whatever becomes of the connection meanwhile."""
     given_id = request["workflow_id"]
     request = {**request, "workflow_id": given_id or new_workflow_id(Path(request["path"]).stem)}
     was_lost = False
     while True:
         try:
-            started: dict[str, Any] = connection.call("submit", **request)
-            return started
+            return call_with_secrets(connection, "submit", request)
         except Lost:
             # The id is ours alone: if the first request did start the run, the second one meets it.
             if was_lost or given_id:
@@ -128,10 +122,19 @@ def submit(connection: Connection, request: dict[str, Any]) -> dict[str, Any]:
                 key = {"workflow_id": request["workflow_id"], "run_id": None}
                 progress = connection.call("progress", **key, since=0, wait_s=0.0)
                 return {**progress, "warnings": []}
-            secrets = {name: os.environ[name] for name in error.names if name in os.environ}
-            if error.kind != "SecretsNeeded" or "secrets" in request or len(secrets) < len(error.names):
-                raise
-            request["secrets"] = secrets
+            raise
+
+
+def call_with_secrets(connection: Connection, method: str, request: dict[str, Any]) -> dict[str, Any]:
+    """A call that starts a run; secrets that only this process's environment knows are handed over when needed."""
+    try:
+        started: dict[str, Any] = connection.call(method, **request)
+    except CallError as error:
+        secrets = {name: os.environ[name] for name in error.names if name in os.environ}
+        if error.kind != "SecretsNeeded" or len(secrets) < len(error.names):
+            raise
+        started = connection.call(method, **request, secrets=secrets)
+    return started
 
 
 def new_workflow_id(stem: str) -> str:

@@ -10,7 +10,7 @@ import click
 
 from bridge.cli.connection import Connection
 from bridge.cli.options import connected, find_run, json_option, service_options
-from bridge.cli.run import follow, given_params, read_plan_file
+from bridge.cli.run import call_with_secrets, follow, given_params, read_plan_file
 from bridge.cli.watch import Output, cancel, watch
 from bridge.summary import summary
 from bridge.terminal import columns, duration, moment, visible
@@ -101,7 +101,8 @@ def retry(run: str, detach: bool, quiet: bool, as_json: bool, **service: Any) ->
     """Run again what did not succeed in RUN; steps that did keep their outputs."""
     with connected(service) as connection:
         found = find_run(connection, run)
-        started = connection.call("retry", workflow_id=found["workflow_id"], run_id=found["run_id"])
+        key = {"workflow_id": found["workflow_id"], "run_id": found["run_id"]}
+        started = call_with_secrets(connection, "retry", key)
         return follow(connection, started, Output(as_json=as_json, quiet=quiet), detach)
 
 

@@ -55,30 +55,32 @@ class Output:
         return code
 
 
-class Interrupted(Exception):
-    """Ctrl-C was pressed."""
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C was pressed while we waited."""
 
 
 class Interrupts:
-    """Ctrl-C, delivered only while we wait, so that nothing is left half done."""
+    """Ctrl-C, delivered only while a connection waits, so that nothing is left half done."""
 
     def __init__(self) -> None:
         self._pending = 0
         self._waiting = False
 
     @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Handle SIGINT here until the end of the block; let SIGTERM and SIGHUP leave it in good order."""
+    def installed(self, connection: Connection) -> Iterator[None]:
+        """Interrupt the waits of `connection` in this block; let SIGTERM and SIGHUP leave it in good order."""
         handlers = {signal.SIGINT: self._handle, signal.SIGTERM: _leave, signal.SIGHUP: _leave}
         before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        waited, connection.waiting = connection.waiting, self._while_waiting
         try:
             yield
         finally:
+            connection.waiting = waited
             for number, handler in before.items():
                 signal.signal(number, handler)
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
+    def _while_waiting(self) -> Iterator[None]:
         """Raise `Interrupted` in this block, at once when Ctrl-C was pressed before it."""
         self._waiting = True
         try:
@@ -107,17 +109,16 @@ def watch(connection: Connection, workflow_id: str, run_id: str, output: Output)
     """Show a run until it ends or the user lets go of it; the exit code."""
     interrupts, num_interrupts, cancel_wanted = Interrupts(), 0, False
     watched, view = Watched(), output.view()
-    with interrupts.installed():
+    with interrupts.installed(connection):
         try:
             while not watched.ended:
                 try:
-                    with interrupts.waiting():
-                        if cancel_wanted:
-                            cancel(connection, workflow_id, run_id)
-                            cancel_wanted = False
-                        progress = connection.call(
-                            "progress", workflow_id=workflow_id, run_id=run_id, since=watched.sequence, wait_s=WAIT_S
-                        )
+                    if cancel_wanted:
+                        cancel(connection, workflow_id, run_id)
+                        cancel_wanted = False
+                    progress = connection.call(
+                        "progress", workflow_id=workflow_id, run_id=run_id, since=watched.sequence, wait_s=WAIT_S
+                    )
                 except Interrupted:
                     num_interrupts += 1
                     if num_interrupts > 1:
