@@ -120,8 +120,8 @@ class LocalHandle:
         child = _adopt(read_json(self._folder / HOST))
         if child is not None:
             child.signal(signal.SIGTERM)
-            # One grace for callbacks, one for the step's children, one for its own code: see Host._end_early.
-            limit_s = 3 * max(self._request.grace_s, 0.5) + 3
+            # Graces for callbacks, children, children born since, and its own code: see Host._end_early.
+            limit_s = 4 * max(self._request.grace_s, 0.5) + 3
             try:
                 async with asyncio.timeout(limit_s):
                     await child.wait()

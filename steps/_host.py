@@ -297,6 +297,8 @@ class Host:
         callbacks.join(max(self.grace_s, _SHORTEST_GRACE_S))
         end(descendants(os.getpid()), self.grace_s)
         if not self._left.wait(0.05):
+            # What the step has started since: a thread that waits for it takes no exception.
+            end(descendants(os.getpid()), self.grace_s)
             self._interrupt()
         if not self._left.wait(max(self.grace_s, _SHORTEST_GRACE_S)):
             self._abandon()

@@ -16,6 +16,7 @@ import pytest
 from steps import StepRequest, StepResult
 from steps._files import HOST, OUTPUTS, PROGRESS, REQUEST, attempt_dir, read_json, read_result
 from steps._host import LARGEST_OUTPUTS, AlreadyStarted, Host
+from steps._process import descendants
 
 Make = Callable[..., StepRequest]
 Run = Callable[..., Awaitable[StepResult]]
@@ -134,6 +135,8 @@ def test_a_cancel_ends_the_step_however_its_code_takes_it(
     process = subprocess.Popen([*argv, str(folder / REQUEST)], stdout=subprocess.PIPE, stdin=subprocess.PIPE)
     deadline = time.monotonic() + 60
     while not (tmp_path / "in").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    while "subprocess.run" in body and not descendants(process.pid) and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
