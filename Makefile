@@ -5,8 +5,10 @@ SHELL := bash
 MAKEFLAGS += --no-print-directory
 
 PYTHON ?= python3
-# A wheel folder given to pip is given to uv too.
-export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+# Wheel folders given to pip (split by spaces) are given to uv (split by commas) too.
+empty :=
+comma := ,
+export UV_FIND_LINKS ?= $(subst $(empty) $(empty),$(comma),$(strip $(PIP_FIND_LINKS)))
 # An activated environment is not the one to install into.
 unexport VIRTUAL_ENV
 
@@ -52,12 +54,13 @@ clean: ## remove what make created
 .venv/pyvenv.cfg: | $(filter .uv/bin/uv,$(UV))
 	@$(UV) venv --quiet --allow-existing --python-preference system --python '>=3.11,<3.14' .venv
 
+# Plans that make environments of their own find uv beside orchestrate.
 .venv/.base: pyproject.toml .venv/pyvenv.cfg
 	@echo 'installing into .venv'
-	@$(UV) pip install --quiet --python $(BIN)/python --compile-bytecode --editable .
+	@$(UV) pip install --quiet --python $(BIN)/python --compile-bytecode uv --editable .
 	@touch $@
 
 .venv/.dev: pyproject.toml .venv/pyvenv.cfg
 	@echo 'installing into .venv, with what development needs'
-	@$(UV) pip install --quiet --python $(BIN)/python --compile-bytecode --editable '.[dev]'
+	@$(UV) pip install --quiet --python $(BIN)/python --compile-bytecode uv --editable '.[dev]'
 	@touch $@ .venv/.base

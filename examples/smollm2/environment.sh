@@ -7,7 +7,9 @@ if ! command -v uv >/dev/null; then
   printf 'uv is not found\n\nhint: python -m pip install uv\n' >&2
   exit 1
 fi
-export UV_FIND_LINKS=${UV_FIND_LINKS:-${PIP_FIND_LINKS:-}}
+# Wheel folders given to pip are split by spaces, uv's by commas.
+pip_links=${PIP_FIND_LINKS:-}
+export UV_FIND_LINKS=${UV_FIND_LINKS:-${pip_links// /,}}
 install() { uv pip install --python "$folder/bin/python" "$@"; }
 
 uv venv --allow-existing --python '>=3.11,<3.14' "$folder"
