@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from bridge.terminal import coloured, columns, cut, duration, terminal_width, visible
-from bridge.view import FAILURES, SMALL_PLAN, counts_text, glyph, why
+from bridge.view import FAILURES, SMALL_PLAN, counts_text, glyph, label, why
 
 Step = dict[str, Any]
 """A `StepReport` as JSON data."""
@@ -57,7 +57,7 @@ def _row(step: Step) -> list[str]:
     if step["outcome"] in FAILURES and step["allow_failure"]:
         said = f"allowed: {said}"
     time_text = duration(step["duration_s"]) if step["started_at"] else ""
-    return [step["id"], step["outcome"], time_text, str(attempts or ""), said]
+    return [label(step), step["outcome"], time_text, str(attempts or ""), said]
 
 
 def _with_tails(steps: list[Step]) -> list[Step]:
@@ -72,7 +72,7 @@ def _tails(step: Step) -> list[str]:
         if tail:
             shown = tail[-TAIL_LINES:]
             cut_off = step[f"{stream}_truncated"] or len(tail) > len(shown)
-            lines.append(f"--- {visible(step['id'])} {stream}{' (its end)' if cut_off else ''}")
+            lines.append(f"--- {label(step)} {stream}{' (its end)' if cut_off else ''}")
             lines += [visible(line) for line in shown]
     return lines
 

@@ -10,7 +10,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from bridge.terminal import COLOURS, clock, cut, duration, terminal_width, visible
+from bridge.terminal import COLOURS, clock, cut, duration, terminal_width, visible, width_of
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -111,7 +111,7 @@ class PlainView:
             same = before is not None and (before["state"], before["attempt"]) == (step["state"], step["attempt"])
             quiet = is_big and step["state"] not in FAILURES and step["attempt"] < 2
             if not same and not quiet and step["state"] != "waiting":
-                self._print(f"{clock()} {visible(step['id'])} {_words(step)}")
+                self._print(f"{clock()} {label(step)} {_words(step)}")
         if is_big and (watched.ended or time.monotonic() - self._counted_at > COUNTS_INTERVAL_S):
             self._counted_at = time.monotonic()
             if (counts := watched.counts()) != self._counts:
@@ -200,7 +200,7 @@ class LiveView:
         from rich.text import Text
 
         table = Table.grid(padding=(0, 1), expand=False)
-        name_cells = max((len(visible(step["id"])) for step in steps), default=0)
+        name_cells = max((width_of(label(step)) for step in steps), default=0)
         name_cells = min(name_cells, max(8, width // 3))
         for cells in (1, name_cells, 9, 7):
             table.add_column(no_wrap=True, min_width=cells, max_width=cells, overflow="ellipsis")
@@ -210,7 +210,7 @@ class LiveView:
             colour = COLOURS[state]
             table.add_row(
                 Text(glyph(state), style=colour),
-                Text(visible(step["id"])),
+                Text(label(step)),
                 Text(state, style=colour),
                 Text(_time(step), justify="right"),
                 Text(
@@ -240,6 +240,13 @@ def view_for(stream: TextIO, quiet: bool) -> View:
         return QuietView(stream)
     can_draw = terminal_width(stream) is not None and os.environ.get("TERM") != "dumb"
     return LiveView(stream) if can_draw else PlainView(stream)
+
+
+def label(step: Step) -> str:
+    """Id of a step; of an instance of a matrix step also its values: `count.3 (shard=c)`."""
+    _, bracket, values = step["name"].partition(" (")
+    is_instance = step["id"].rpartition(".")[2].isdigit() and bracket
+    return visible(f"{step['id']} ({values}" if is_instance else step["id"])
 
 
 def glyph(state: str) -> str:

@@ -121,6 +121,7 @@ def test_plain_lines_tell_each_change_once() -> None:
         [fetch.model_copy(update={"progress": Progress(text="half", fraction=0.5)})],
         [running("fetch", 2)],
         [ended("fetch", "failed", attempt=2, error="exit code 3\nsecond line", reason="exit_code"), ended("ok")],
+        [ended("shard.1", name="count (shard=b)")],
         [ended("late", "skipped", attempt=0, started_at=None, error="`fetch` failed")],
     )
     assert lines == [
@@ -128,6 +129,7 @@ def test_plain_lines_tell_each_change_once() -> None:
         "fetch running attempt 2",
         "fetch failed 2.50s attempt 2: exit code 3",
         "ok succeeded 2.50s",
+        "shard.1 (shard=b) succeeded 2.50s",
         "late skipped: `fetch` failed",
     ]
 
