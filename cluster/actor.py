@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import threading
 import time
@@ -69,6 +70,7 @@ class StepActor:
         self._folder.mkdir(mode=0o700)
         sweep(self._folder.parent)
         orphans.start(self._folder)
+        os.register_at_fork(after_in_child=_end_on_sigterm)
         self._modules = PlanModules()
         self._attempt: _Attempt | None = None
         self._known_keys: set[str] = set()
@@ -148,6 +150,11 @@ class StepActor:
             traceback.print_exc()
         finally:
             loop.call_soon_threadsafe(attempt.thread_left.set)
+
+
+def _end_on_sigterm() -> None:
+    """In a child the step forks: Ray's handler would unwind the copy of our stack there and write a result."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _gpus() -> list[str]:

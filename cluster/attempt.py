@@ -48,6 +48,8 @@ _ANSWER_S = 15.0
 _UNAVAILABLE_S = 30.0
 """An actor that cannot be reached for so long is given up and killed."""
 _SALVAGE_S = 30.0
+_MOST_ACTORS = 20
+"""Actors that may refuse or lose an attempt before they begin it."""
 
 
 class Dispatched(Frozen):
@@ -95,31 +97,29 @@ class Attempt:
         if result := read_result(self._folder):
             return result
         self._cursor = local_cursor(self._folder)
-        while True:
+        for _ in range(_MOST_ACTORS):
             if dispatched is None:
                 lease = await self._lease()
                 if isinstance(lease, StepResult):
                     return self._keep(lease)
                 dispatched = self._mark(lease)
-            try:
-                poll = await self._follow(dispatched)
-            except ActorGone as gone:
-                salvaged = await self._salvage(dispatched, str(gone))
-                if salvaged is None:
-                    await self._release(dispatched, discard=True)
-                    dispatched = None
-                    continue
-                result, discard = salvaged, True
-            else:
-                if poll.busy:
-                    await self._release(dispatched, discard=False)
-                    dispatched = None
-                    continue
-                assert poll.result is not None
-                result, discard = poll.result, poll.stuck
-            result = self._keep(result)
+            result, discard = await self._bring_home(dispatched)
+            if result is not None:
+                result = self._keep(result)
             await self._release(dispatched, discard=discard)
-            return result
+            if result is not None:
+                return result
+            dispatched = None
+        error = f"{_MOST_ACTORS} actors in a row did not begin the step"
+        return self._keep(StepResult(outcome="failed", reason="infrastructure", error=error))
+
+    async def _bring_home(self, dispatched: Dispatched) -> tuple[StepResult | None, bool]:
+        """The result, None when this actor never began the attempt; and whether the actor is of no further use."""
+        try:
+            poll = await self._follow(dispatched)
+        except ActorGone as gone:
+            return await self._salvage(dispatched, str(gone)), True
+        return poll.result, poll.stuck
 
     def cancel(self) -> None:
         """End the attempt: outcome `cancelled`."""
