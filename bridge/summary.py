@@ -46,8 +46,10 @@ def summary(report: Report, stream: TextIO) -> list[str]:
 def run_folder(report: Report) -> Path:
     """Folder of a run's records."""
     for step in report["steps"]:
-        if step["stdout_path"]:
-            return Path(step["stdout_path"]).parent.parent.parent
+        folder = Path(step["stdout_path"]).parent.parent.parent
+        # A cached step's paths are those of the run that made it.
+        if folder.name == report["run_id"]:
+            return folder
     return Path(report["log_dir"], report["workflow_id"], report["run_id"])
 
 

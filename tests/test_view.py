@@ -275,6 +275,13 @@ def test_the_summary_ends_with_the_outputs_of_the_last_steps() -> None:
     assert not any("early.n" in line for line in lines)
 
 
+def test_the_summary_names_the_folder_of_this_run() -> None:
+    cached = step("old", stdout_path="/logs/before/other/old/attempt-1/stdout.log")
+    assert "logs: /logs/flow/run" in ending(io.StringIO(), cached)
+    own = step("new", stdout_path="/logs/a_b/run/new/attempt-1/stdout.log")
+    assert "logs: /logs/a_b/run" in ending(io.StringIO(), cached, own)
+
+
 def test_the_summary_of_one_step_shows_what_it_printed() -> None:
     lines = ending(io.StringIO(), step("hello", stdout_tail="hello world\n"), outcome="succeeded")
     assert lines[4:6] == ["--- hello stdout", "hello world"]
