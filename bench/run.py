@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -137,6 +138,8 @@ def main() -> int:
             f"no system starts with `{chosen.only[0]}`; there are {', '.join([*FLOORS, *OURS, *REQUIREMENTS])}"
         )
 
+    # Ended from outside, a system's turn still closes what it opened.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     started = time.time()
     bench = Bench(QUICK_SHAPES if chosen.quick else SHAPES, [("one", 1)] if chosen.quick else COLD_SHAPES, chosen.limit)
     for _ in range(chosen.rounds or (1 if chosen.quick else 3)):
