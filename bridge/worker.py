@@ -15,7 +15,7 @@ from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 
 from bridge.activities import Activities
 from bridge.cache import StepCache
-from bridge.client import TASK_QUEUE, Client, connect_temporal
+from bridge.client import CONNECT_TIMEOUT_S, TASK_QUEUE, Client, connect_temporal
 from bridge.dispatch import LocalDispatch
 from bridge.gateway import Gateway
 from bridge.placement import Placement
@@ -37,7 +37,7 @@ async def serve(
     task_queue: str = TASK_QUEUE,
     gateway: bool = False,
     drain_s: float = 30.0,
-    connect_timeout_s: float = 60.0,
+    connect_timeout_s: float = CONNECT_TIMEOUT_S,
 ) -> None:
     """Run a worker until SIGTERM or SIGINT, then drain: what still runs after `drain_s` goes on without us."""
     os.environ.setdefault(SECRETS_DIR_VARIABLE, str(state.secrets_dir))
@@ -95,7 +95,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     state = State(arguments.state_dir)
-    asyncio.run(serve(state, arguments.address, gateway=True, drain_s=2.0))
+    asyncio.run(serve(state, arguments.address, gateway=True, drain_s=2.0, connect_timeout_s=60.0))
 
 
 if __name__ == "__main__":
