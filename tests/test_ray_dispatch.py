@@ -117,7 +117,7 @@ class Bench:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def bench(ray_head: Any, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Bench]:
-    bench = Bench(ray_head, tmp_path_factory.mktemp("bench"))
+    bench = Bench(ray_head, tmp_path_factory.mktemp("bench"), idle_ttl_s=3.0)
     yield bench
     await bench.dispatch.close()
 
