@@ -7,8 +7,8 @@
         return {"size": 3}
 
 A built-in type is a file in this folder, found by its name; other packages add theirs by an entry point in the group
-`sygaldry_ray.steps` whose value is the module. Optional names in a module: `Outputs` (a `Frozen` model that declares the
-names of the outputs) and `code_files(params, plan_dir)` (source files whose content is part of the step's cache key).
+`sygaldry_ray.steps` whose value is the module. Optional names in a module: `Outputs` (a `Frozen` model that declares
+the names of the outputs) and `code_files(params, plan_dir)` (files whose content is part of the step's cache key).
 Heavy imports (ray, torch, docker, huggingface_hub) belong inside `run`: the schema of every type is read by `--help`.
 """
 
