@@ -50,7 +50,7 @@ class Activities:
     @property
     def all(self) -> list[Callable[..., Any]]:
         """What the worker registers."""
-        return [self.run_step, self.begin, self.record, self.finish]
+        return [self.run_step, self.begin, self.record, self.finish, self.rest]
 
     @activity.defn(name="run_step")
     async def run_step(self, call: StepCall) -> StepResult:
@@ -110,6 +110,10 @@ class Activities:
             duration_s=report.duration_s,
             message=report.outcome,
         )
+
+    @activity.defn(name="rest")
+    async def rest(self) -> None:
+        """Nothing: the workflow goes on in a new turn, which the deadlock detector times anew."""
 
     async def _attach(self, call: StepCall) -> Handle:
         """The handle of the attempt; a foreign node's worker gets its chance first."""

@@ -32,7 +32,7 @@ LONGEST_HISTORY = 8_000
 MOST_INFRASTRUCTURE_ATTEMPTS = 3
 """Attempts lost to a dead actor, node or process, whatever the plan's own `retry` says."""
 MOST_STARTED_AT_ONCE = 100
-"""Steps started in one workflow task: a task that takes 2 s counts as a deadlock, and machines can be busy."""
+"""Steps started in one go: one that takes 2 s counts as a deadlock, and machines can be busy."""
 _FOREVER = timedelta(days=365)
 _UNTIL_ATTACHED = RetryPolicy(
     initial_interval=timedelta(milliseconds=100), backoff_coefficient=1.5, maximum_interval=timedelta(seconds=2)
@@ -134,8 +134,7 @@ class PlanWorkflow:
                 self._start(instance)
             self._record_decided()
             if len(ready) == MOST_STARTED_AT_ONCE:
-                # A short timer ends this workflow task: the first steps run while the next ones are prepared.
-                await asyncio.sleep(0.001)
+                await self._locally("rest", None, None)
                 continue
             if self._schedule.done:
                 return
@@ -259,8 +258,9 @@ class PlanWorkflow:
 
     async def _locally(self, activity: str, argument: Any, result_type: type | None) -> Any:
         """A short activity in the worker that runs this workflow; safe to run twice."""
+        arguments = [] if argument is None else [argument]
         return await workflow.execute_local_activity(
-            activity, argument, result_type=result_type, start_to_close_timeout=timedelta(seconds=60)
+            activity, args=arguments, result_type=result_type, start_to_close_timeout=timedelta(seconds=60)
         )
 
     def _step_report(self, instance: Instance, result: StepResult, attempts: list[AttemptReport]) -> StepReport:
