@@ -31,12 +31,16 @@ from steps import Progress, StepRequest, StepResult
 from steps._files import attempt_dir, write_whole
 
 HEARTBEAT_INTERVAL_S = 0.4
+BRIEF_S = 0.5
+"""How long a step may take to count as one that ends soon."""
 WRONG_NODE_LIMIT_S = 30.0
 """How long a step on another machine is left to the workers there before it counts as lost."""
 log = logging.getLogger(__name__)
 
 Place = Callable[[StepCall], Dispatch]
 """Chooses the dispatch of a call."""
+Attach = Callable[[], Awaitable[Handle]]
+Attend = Callable[[Attach], Awaitable[StepResult]]
 
 
 class Activities:
@@ -50,19 +54,42 @@ class Activities:
     @property
     def all(self) -> list[Callable[..., Any]]:
         """What the worker registers."""
-        return [self.run_step, self.begin, self.record, self.finish, self.rest]
+        return [self.run_step, self.begin_step, self.end_step, self.begin, self.record, self.finish, self.rest]
 
     @activity.defn(name="run_step")
     async def run_step(self, call: StepCall) -> StepResult:
         """Run one attempt, or find it again; retried by Temporal until some worker has seen its end."""
+        return await self._run_step(call, attend)
+
+    @activity.defn(name="begin_step")
+    async def begin_step(self, call: StepCall) -> StepResult | None:
+        """The same for a step that ends soon; None for one that goes on, which `run_step` then finds again."""
+        try:
+            return await self._run_step(call, attend_briefly)
+        except TimeoutError:
+            return None
+
+    @activity.defn(name="end_step")
+    async def end_step(self, call: StepCall) -> StepResult:
+        """End an attempt that may have been begun."""
+
+        async def attach_and_cancel() -> Handle:
+            return _Ended(await (await self._attach(call)).cancel())
+
+        return await self._run_step(call, lambda attach: attend(attach_and_cancel))
+
+    async def _run_step(self, call: StepCall, attend: Attend) -> StepResult:
         request = call.request
+        is_new = not attempt_dir(request).exists()
         fields: dict[str, str] = {}
         if call.cache is not None:
             # Taken before the step runs: a step that changes its own inputs must run again.
             fields = await asyncio.to_thread(cache_fields, call, self._cache)
-            if call.look_up and (found := self._cache.find(digest(fields), plan_dir=request.plan_dir)) is not None:
+            look_up = call.look_up and is_new
+            if look_up and (found := self._cache.find(digest(fields), plan_dir=request.plan_dir)) is not None:
                 return found
-        self._write_started(request)
+        if is_new:
+            self._append_step(request, "step_started" if request.attempt == 1 else "step_retry", message=request.type)
         result = await attend(lambda: self._attach(call))
         self._write_finished(request, result)
         if call.cache is not None:
@@ -127,11 +154,6 @@ class Activities:
                 return _Ended(lost)
             raise ApplicationError(str(error), type="WrongNode", next_retry_delay=timedelta(seconds=1)) from None
 
-    def _write_started(self, request: StepRequest) -> None:
-        if activity.info().attempt > 1 and attempt_dir(request).exists():
-            return
-        self._append_step(request, "step_started" if request.attempt == 1 else "step_retry", message=request.type)
-
     def _write_finished(self, request: StepRequest, result: StepResult) -> None:
         """Once, however many workers saw the end."""
         folder = attempt_dir(request)
@@ -167,7 +189,7 @@ class Activities:
             log.warning("event not written: %s", error)
 
 
-async def attend(attach: Callable[[], Awaitable[Handle]]) -> StepResult:
+async def attend(attach: Attach) -> StepResult:
     """Heartbeat while a step is attached to and runs; cancel it when asked to, let it be when this worker stops."""
     progress = Progress()
     handle: Handle | None = None
@@ -193,6 +215,16 @@ async def attend(attach: Callable[[], Awaitable[Handle]]) -> StepResult:
         return await handle.cancel()
     finally:
         beating.cancel()
+
+
+async def attend_briefly(attach: Attach) -> StepResult:
+    """Wait for a step that may end soon. Raises `TimeoutError` when it does not.
+
+    The step is let be, also on a cancel: this worker may only have been told to forget the run. `end_step` ends it.
+    """
+    async with asyncio.timeout(BRIEF_S):
+        handle = await attach()
+        return await handle.wait(lambda progress: None)
 
 
 async def _is_wanted_dead() -> bool:

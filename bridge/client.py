@@ -260,7 +260,7 @@ class Client:
                 id=workflow_id,
                 task_queue=self.task_queue,
                 # A worker killed in the middle of a decision costs this long; a large plan takes longer to decide.
-                task_timeout=timedelta(seconds=2 + len(run.plan.steps) // 500),
+                task_timeout=timedelta(seconds=1.5 + len(run.plan.steps) // 500),
                 id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
                 memo={"plan": run.plan.name},
                 static_summary=f"{run.plan.name}: {len(run.plan.steps)} steps",
@@ -286,6 +286,7 @@ class Client:
             plan_dir=str(folder),
             log_dir=str(self._log_dir(plan, folder, log_dir, default_log_dir)),
             params=resolve_params(plan, given),
+            quick=self._local,
         )
 
     def _log_dir(self, plan: Plan, folder: Path, given: str | Path | None, default: str | Path | None) -> Path:

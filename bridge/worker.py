@@ -57,6 +57,7 @@ async def serve(
         # Workflow code here is ours and pure; the replay test guards it. The sandbox would re-import it for every run.
         workflow_runner=UnsandboxedWorkflowRunner(),
         max_concurrent_activities=2 * MOST_IN_FLIGHT,
+        max_concurrent_local_activities=2 * MOST_IN_FLIGHT,
         max_eager_activity_reservations_per_workflow_task=MOST_IN_FLIGHT,
         sticky_queue_schedule_to_start_timeout=STICKY_TIMEOUT,
         graceful_shutdown_timeout=timedelta(seconds=drain_s),

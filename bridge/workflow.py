@@ -15,7 +15,7 @@ from temporalio.common import RetryPolicy
 from temporalio.exceptions import ActivityError, ApplicationError, is_cancelled_exception
 from temporalio.workflow import ActivityCancellationType
 
-from bridge.calls import Begin, Begun, Finish, Record, RunInput
+from bridge.calls import Begin, Begun, Finish, Record, RunInput, StepCall
 from bridge.expressions import ExpressionError, render
 from bridge.order import dependencies
 from bridge.plan import Retry
@@ -33,6 +33,8 @@ MOST_INFRASTRUCTURE_ATTEMPTS = 3
 """Attempts lost to a dead actor, node or process, whatever the plan's own `retry` says."""
 MOST_STARTED_AT_ONCE = 100
 """Steps started in one go: one that takes 2 s counts as a deadlock, and machines can be busy."""
+MOST_BEGUN_AT_ONCE = 32
+"""Steps begun as local activities at a time; while one runs, Temporal holds back what else happens to the run."""
 _FOREVER = timedelta(days=365)
 _UNTIL_ATTACHED = RetryPolicy(
     initial_interval=timedelta(milliseconds=100), backoff_coefficient=1.5, maximum_interval=timedelta(seconds=2)
@@ -52,6 +54,8 @@ class PlanWorkflow:
         self._cached: dict[str, StepReport] = {}
         self._looked_up: set[str] = set()
         self._attempts = {instance: list(ended) for instance, ended in run.attempts.items()}
+        self._places = asyncio.Semaphore(MOST_BEGUN_AT_ONCE)
+        self._slow: set[str] = set()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._records: list[asyncio.Task[Any]] = []
         self._wake = asyncio.Event()
@@ -203,24 +207,48 @@ class PlanWorkflow:
         if number > 1 or instance.id in self._looked_up:
             call = call.model_copy(update={"look_up": False})
         try:
-            result: StepResult = await workflow.execute_activity(
-                "run_step",
-                call,
-                result_type=StepResult,
-                activity_id=f"{instance.id}/{number}",
-                start_to_close_timeout=_FOREVER,
-                heartbeat_timeout=HEARTBEAT_TIMEOUT,
-                retry_policy=_UNTIL_ATTACHED,
-                cancellation_type=ActivityCancellationType.WAIT_CANCELLATION_COMPLETED,
-                summary=instance.name,
-            )
-            return result
+            if self._run.quick and instance.step.id not in self._slow:
+                if (soon := await self._begin_step(call)) is not None:
+                    return soon
+                self._slow.add(instance.step.id)
+            return await self._scheduled("run_step", call)
         except asyncio.CancelledError:
             return StepResult(outcome="cancelled", reason="cancelled", error="cancelled before it started")
         except ActivityError as error:
             if is_cancelled_exception(error):
                 return StepResult(outcome="cancelled", reason="cancelled", error="cancelled")
             return StepResult(outcome="failed", reason="error", error=str(error.cause or error), final=True)
+
+    async def _scheduled(self, activity: str, call: StepCall) -> StepResult:
+        """An activity that goes on for as long as the step does, with whichever worker is there."""
+        request = call.request
+        result: StepResult = await workflow.execute_activity(
+            activity,
+            call,
+            result_type=StepResult,
+            activity_id=f"{request.step_id}/{request.attempt}" + ("/end" if activity == "end_step" else ""),
+            start_to_close_timeout=_FOREVER,
+            heartbeat_timeout=HEARTBEAT_TIMEOUT,
+            retry_policy=_UNTIL_ATTACHED,
+            cancellation_type=ActivityCancellationType.WAIT_CANCELLATION_COMPLETED,
+            summary=request.step_name,
+        )
+        return result
+
+    async def _begin_step(self, call: StepCall) -> StepResult | None:
+        """The result of a step that ends soon; None for one that goes on, or could not be begun this way."""
+        async with self._places:
+            try:
+                begun: StepResult | None = await workflow.execute_local_activity(
+                    "begin_step",
+                    call,
+                    result_type=StepResult,
+                    start_to_close_timeout=timedelta(seconds=60),
+                    retry_policy=RetryPolicy(maximum_attempts=1),
+                )
+                return begun
+            except ActivityError as error:
+                return await self._scheduled("end_step", call) if is_cancelled_exception(error) else None
 
     def _cancel_running(self) -> None:
         for task in self._tasks.values():
