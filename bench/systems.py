@@ -180,10 +180,13 @@ class Ours:
 
     def memory_mb(self) -> dict[str, float]:
         found: dict[str, float] = {}
-        for entry in json.loads(self._orchestrate("status", "--json", limit_s=30))["processes"]:
+        entries = json.loads(self._orchestrate("status", "--json", limit_s=30))["processes"]
+        for entry in entries:
             with contextlib.suppress(psutil.NoSuchProcess):
                 own = psutil.Process(entry["pid"])
-                for process in [own, *own.children(recursive=entry["name"] == "ray")]:
+                # The services are the supervisor's children; each is counted under its own name.
+                helpers = [] if entry["name"] == "supervisor" else own.children(recursive=True)
+                for process in [own, *helpers]:
                     _add(found, entry["name"], process)
         return found
 

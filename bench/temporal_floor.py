@@ -105,6 +105,7 @@ def opened(folder: Path) -> Iterator[object]:
         *("server", "start-dev", "--headless", "--ip", "127.0.0.1", "--port", str(port), "--log-level", "never"),
         *("--db-filename", str(folder / "temporal.db")),
         *("--dynamic-config-value", "history.transferProcessorMaxPollRPS=2000"),
+        *("--sqlite-pragma", "journal_mode=WAL", "--sqlite-pragma", "synchronous=NORMAL"),
     ]
     processes = [
         subprocess.Popen(command, stdin=subprocess.DEVNULL) for command in (server, [*_self(), "--worker", address])
