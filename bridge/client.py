@@ -7,66 +7,33 @@ Without an address the local services are found or started; with one, or `TEMPOR
 """
 
 import asyncio
-import contextlib
 import os
 import secrets
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from temporalio.client import (
-    Client as TemporalClient,
-)
-from temporalio.client import (
-    WorkflowExecutionStatus,
-    WorkflowFailureError,
-    WorkflowHandle,
-)
+from temporalio.client import Client as TemporalClient
 from temporalio.common import WorkflowIDConflictPolicy
-from temporalio.envconfig import ClientConfig
-from temporalio.exceptions import ApplicationError, WorkflowAlreadyStartedError
-from temporalio.service import RPCError, RPCStatusCode
+from temporalio.exceptions import WorkflowAlreadyStartedError
 
 from bridge.cache import StepCache
 from bridge.calls import RunInput
 from bridge.checks import check_plan
-from bridge.codec import data_converter
 from bridge.lookup import explain
 from bridge.params import resolve_params
 from bridge.plan import Plan, with_defaults
 from bridge.reader import LoadedPlan, read_plan_text, read_steps_json_text
-from bridge.report import RunProgress, RunReport, RunSummary, StepState, with_tails
-from bridge.report import State as RunState
+from bridge.report import RunProgress, RunReport, RunSummary
+from bridge.runs import ClientError, RunConflict, RunNotFound, Runs
 from bridge.state import State
-from steps import Progress
+from bridge.temporal import connect_temporal, is_remote
+
+__all__ = ["TASK_QUEUE", "Client", "ClientError", "RunConflict", "RunHandle", "RunNotFound", "SecretsNeeded"]
 
 TASK_QUEUE = "orchestration"
-CONNECT_TIMEOUT_S = 10.0
-_POLL_S = 0.1
-
-_STATES: dict[WorkflowExecutionStatus | None, RunState] = {
-    WorkflowExecutionStatus.RUNNING: "running",
-    WorkflowExecutionStatus.COMPLETED: "succeeded",
-    WorkflowExecutionStatus.FAILED: "failed",
-    WorkflowExecutionStatus.CANCELED: "cancelled",
-    WorkflowExecutionStatus.TERMINATED: "cancelled",
-    WorkflowExecutionStatus.TIMED_OUT: "timed_out",
-}
-
-
-class ClientError(Exception):
-    """A request about a run that cannot be met."""
-
-
-class RunNotFound(ClientError):
-    """There is no such run."""
-
-
-class RunConflict(ClientError):
-    """A run with this workflow id is going on."""
 
 
 class SecretsNeeded(ClientError):
@@ -92,7 +59,7 @@ class Client:
         self.task_queue = task_queue
         self.state = state
         self._local = local
-        self._ends: dict[tuple[str, str], asyncio.Task[RunReport]] = {}
+        self._runs = Runs(temporal)
 
     @classmethod
     async def connect(
@@ -166,75 +133,34 @@ class Client:
 
     async def wait(self, workflow_id: str, run_id: str | None = None) -> RunReport:
         """Wait for the end of a run; its report, whatever the outcome."""
-        run_id = run_id or await self._newest(workflow_id)
-        return await asyncio.shield(self._end(workflow_id, run_id))
+        return await self._runs.wait(workflow_id, run_id)
 
     async def report(self, workflow_id: str, run_id: str | None = None) -> RunReport:
-        """The report so far; of a run that goes on only the steps that have an outcome."""
-        run_id = run_id or await self._newest(workflow_id)
-        handle = self._handle(workflow_id, run_id)
-        description = await self._found(handle.describe(), workflow_id)
-        goes_on = description.status in (WorkflowExecutionStatus.RUNNING, WorkflowExecutionStatus.CONTINUED_AS_NEW)
-        if goes_on and await self._newest(workflow_id) == run_id:
-            report = await self._query_report(workflow_id)
-        else:
-            report = await self.wait(workflow_id, run_id)
-        return await asyncio.to_thread(with_tails, report)
+        """The report so far, with the ends of the logs; of a run that goes on only the steps that have an outcome."""
+        return await self._runs.report(workflow_id, run_id)
 
     async def progress(
         self, workflow_id: str, run_id: str | None = None, since: int = 0, wait_s: float = 0.0
     ) -> RunProgress:
-        """What changed since sequence number `since`: at once when something did, else after `wait_s` seconds.
-
-        Running steps come with what they last said even when their state has not changed.
-        """
-        run_id = run_id or await self._newest(workflow_id)
-        end = self._end(workflow_id, run_id)
-        deadline = time.monotonic() + wait_s
-        while True:
-            await asyncio.wait([end], timeout=max(0.0, min(_POLL_S, deadline - time.monotonic())))
-            if end.done():
-                return _progress_of(end.result())
-            progress = await self._query_progress(workflow_id, since)
-            if progress.run_id == run_id and (progress.sequence > since or time.monotonic() >= deadline):
-                return progress.model_copy(update={"steps": await self._with_heartbeats(workflow_id, progress, since)})
-            if time.monotonic() >= deadline:
-                return progress
+        """What changed since sequence number `since`: at once when something did, else after `wait_s` seconds."""
+        return await self._runs.progress(workflow_id, run_id, since, wait_s)
 
     async def runs(self, limit: int = 50) -> list[RunSummary]:
         """Newest runs first."""
-        summaries = []
-        async for execution in self.temporal.list_workflows('WorkflowType="PlanWorkflow"', limit=limit * 2):
-            if execution.status not in _STATES:
-                continue
-            memo = await execution.memo()
-            summaries.append(
-                RunSummary(
-                    workflow_id=execution.id,
-                    run_id=execution.raw_info.first_run_id or execution.run_id,
-                    plan=str(memo.get("plan", "")),
-                    state=_STATES[execution.status],
-                    started_at=execution.start_time.timestamp(),
-                    finished_at=execution.close_time.timestamp() if execution.close_time else None,
-                )
-            )
-        return sorted(summaries, key=lambda summary: -summary.started_at)[:limit]
+        return await self._runs.newest_first(limit)
 
     async def cancel(self, workflow_id: str, run_id: str | None = None) -> None:
         """Ask a run to cancel: running steps are ended, `when: always` steps still run."""
-        handle = self.temporal.get_workflow_handle(workflow_id, first_execution_run_id=run_id)
-        await self._found(handle.cancel(), workflow_id)
+        await self._runs.cancel(workflow_id, run_id)
 
     async def retry(
         self, workflow_id: str, run_id: str | None = None, secrets: Mapping[str, str] | None = None
     ) -> RunHandle:
         """Run again what did not succeed; steps that did keep their outputs. Raises `RunConflict` while it goes on."""
-        run_id = run_id or await self._newest(workflow_id)
-        handle = self._handle(workflow_id, run_id)
-        description = await self._found(handle.describe(), workflow_id)
-        if description.status == WorkflowExecutionStatus.RUNNING:
+        run_id = run_id or await self._runs.newest(workflow_id)
+        if await self._runs.is_running(workflow_id, run_id):
             raise RunConflict(f"run `{workflow_id}` goes on\n\nhint: `orchestrate cancel {workflow_id}` first")
-        before = await self._input(handle)
+        before = await self._runs.input(workflow_id, run_id)
         report = await self.wait(workflow_id, run_id)
         kept = [step for step in report.steps if step.outcome == "succeeded"]
         run = before.model_copy(update={"reports": kept, "attempts": {}, "started_at": None, "sequence": 0})
@@ -311,108 +237,6 @@ class Client:
         if missing:
             raise SecretsNeeded(*missing)
 
-    def _handle(self, workflow_id: str, run_id: str) -> WorkflowHandle[Any, RunReport]:
-        return self.temporal.get_workflow_handle(workflow_id, run_id=run_id, result_type=RunReport)
-
-    def _end(self, workflow_id: str, run_id: str) -> "asyncio.Task[RunReport]":
-        """The task that waits for the end of a run; one for all who watch it."""
-        key = (workflow_id, run_id)
-        if key not in self._ends or (self._ends[key].done() and self._ends[key].exception() is not None):
-            self._ends[key] = task = asyncio.create_task(self._wait_for_end(workflow_id, run_id))
-            task.add_done_callback(lambda _: asyncio.get_running_loop().call_later(5, self._ends.pop, key, None))
-        return self._ends[key]
-
-    async def _wait_for_end(self, workflow_id: str, run_id: str) -> RunReport:
-        try:
-            return await self._handle(workflow_id, run_id).result()
-        except WorkflowFailureError as failure:
-            if isinstance(failure.cause, ApplicationError) and failure.cause.type == "PlanFailed":
-                return RunReport.model_validate(failure.cause.details[0])
-            report = await self._query_report(workflow_id)
-            return report if report.outcome != "not_run" else report.model_copy(update={"outcome": "cancelled"})
-        except RPCError as error:
-            raise _not_found(error, workflow_id) from None
-
-    async def _query_report(self, workflow_id: str) -> RunReport:
-        report: RunReport = await self.temporal.get_workflow_handle(workflow_id).query(
-            "report", result_type=RunReport, rpc_timeout=timedelta(seconds=30)
-        )
-        return report
-
-    async def _query_progress(self, workflow_id: str, since: int) -> RunProgress:
-        """The newest execution of the workflow answers: the one that goes on."""
-        progress: RunProgress = await self._found(
-            self.temporal.get_workflow_handle(workflow_id).query(
-                "progress", since, result_type=RunProgress, rpc_timeout=timedelta(seconds=30)
-            ),
-            workflow_id,
-        )
-        return progress
-
-    async def _with_heartbeats(self, workflow_id: str, progress: RunProgress, since: int) -> list[StepState]:
-        """The changed steps, and the running ones with what their activities last reported."""
-        if progress.counts.get("running", 0) == 0:
-            return progress.steps
-        description = await self.temporal.get_workflow_handle(workflow_id).describe()
-        said: dict[str, Progress] = {}
-        for pending in description.raw_description.pending_activities:
-            if pending.heartbeat_details.payloads:
-                with contextlib.suppress(Exception):
-                    decoded = await self.temporal.data_converter.decode(pending.heartbeat_details.payloads, [Progress])
-                    said[pending.activity_id.rpartition("/")[0]] = decoded[0]
-        steps = {step.id: step for step in progress.steps}
-        missing = said.keys() - steps.keys()
-        if missing and since:
-            everything = await self._query_progress(workflow_id, 0)
-            steps.update({step.id: step for step in everything.steps if step.id in missing})
-        return [step.model_copy(update={"progress": said.get(step.id, step.progress)}) for step in steps.values()]
-
-    async def _newest(self, workflow_id: str) -> str:
-        """Run id of the newest run with this workflow id: that of its first execution."""
-        description = await self._found(self.temporal.get_workflow_handle(workflow_id).describe(), workflow_id)
-        return str(description.raw_description.workflow_execution_info.first_run_id or description.run_id)
-
-    async def _input(self, handle: WorkflowHandle[Any, Any]) -> RunInput:
-        async for event in handle.fetch_history_events(page_size=1):
-            payloads = event.workflow_execution_started_event_attributes.input.payloads
-            (run,) = await self.temporal.data_converter.decode(payloads, [RunInput])
-            assert isinstance(run, RunInput)
-            return run
-        raise RunNotFound(f"the history of run `{handle.id}` is gone")
-
-    async def _found(self, call: Any, workflow_id: str) -> Any:
-        try:
-            return await call
-        except RPCError as error:
-            raise _not_found(error, workflow_id) from None
-
-
-def is_remote() -> bool:
-    """True when the environment or Temporal's own configuration file names a server."""
-    if os.environ.get("TEMPORAL_ADDRESS"):
-        return True
-    return bool(ClientConfig.load_client_connect_config().get("target_host"))
-
-
-async def connect_temporal(
-    address: str | None, namespace: str | None, state: State, *, timeout_s: float = CONNECT_TIMEOUT_S
-) -> TemporalClient:
-    """Connect with Temporal's environment configuration (address, namespace, TLS, API key), arguments winning.
-
-    A server that is just starting is waited for. `RuntimeError` when none answers within `timeout_s` seconds.
-    """
-    config = dict(ClientConfig.load_client_connect_config())
-    given = {"target_host": address, "namespace": namespace}
-    config.update({name: value for name, value in given.items() if value})
-    deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            return await TemporalClient.connect(**config, data_converter=data_converter(state))  # type: ignore[arg-type]
-        except RuntimeError:
-            if time.monotonic() > deadline:
-                raise
-            await asyncio.sleep(0.01)
-
 
 def _loaded(plan: Plan, plan_dir: str | Path | None) -> LoadedPlan:
     """A plan built in Python, checked like one that was read from a file. Raises `PlanError`."""
@@ -422,39 +246,3 @@ def _loaded(plan: Plan, plan_dir: str | Path | None) -> LoadedPlan:
 
 def _new_workflow_id(name: str) -> str:
     return f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-
-
-def _not_found(error: RPCError, workflow_id: str) -> Exception:
-    if error.status == RPCStatusCode.NOT_FOUND:
-        return RunNotFound(f"there is no run `{workflow_id}`\n\nhint: `orchestrate runs` lists them")
-    return error
-
-
-def _progress_of(report: RunReport) -> RunProgress:
-    counts: dict[str, int] = {}
-    for step in report.steps:
-        counts[step.outcome] = counts.get(step.outcome, 0) + 1
-    return RunProgress(
-        workflow_id=report.workflow_id,
-        run_id=report.run_id,
-        plan=report.plan,
-        state=report.outcome,
-        started_at=report.started_at,
-        sequence=2**62,
-        total=len(report.steps),
-        counts=counts,
-        log_dir=report.log_dir,
-        steps=[
-            StepState(
-                id=step.id,
-                name=step.name,
-                state=step.outcome,
-                reason=step.reason,
-                error=step.error,
-                attempt=len(step.attempts),
-                started_at=step.started_at,
-                duration_s=step.duration_s,
-            )
-            for step in report.steps
-        ],
-    )

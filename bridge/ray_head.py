@@ -71,6 +71,7 @@ def environment(state: State, ports: dict[str, int]) -> dict[str, str]:
 
     The dashboard comes up by itself a little later: `ray start` shall not wait for it, and by not waiting it does not
     count the dashboard among the processes whose crash ends every step. (It logs `Failed to start the dashboard`.)
+    Steps run at normal priority, as the steps beside the worker do: at Ray's own (nice 15) they starve on a busy machine.
     """
     return {
         **client_environment(state),
@@ -78,6 +79,7 @@ def environment(state: State, ports: dict[str, int]) -> dict[str, str]:
         "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "0",
         "DASHBOARD_METRIC_PORT": str(ports["dashboard_metrics_port"]),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",
     }
 
 

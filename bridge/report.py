@@ -141,6 +141,39 @@ def step_report(
     )
 
 
+def progress_of(report: RunReport) -> RunProgress:
+    """What a watcher sees of a run that has ended."""
+    counts: dict[str, int] = {}
+    for step in report.steps:
+        counts[step.outcome] = counts.get(step.outcome, 0) + 1
+    return RunProgress(
+        workflow_id=report.workflow_id,
+        run_id=report.run_id,
+        plan=report.plan,
+        state=report.outcome,
+        started_at=report.started_at,
+        sequence=2**62,
+        total=len(report.steps),
+        counts=counts,
+        log_dir=report.log_dir,
+        steps=[state_of(step) for step in report.steps],
+    )
+
+
+def state_of(report: StepReport) -> StepState:
+    """What a watcher sees of a step that has its outcome."""
+    return StepState(
+        id=report.id,
+        name=report.name,
+        state=report.outcome,
+        reason=report.reason,
+        error=report.error,
+        attempt=len(report.attempts),
+        started_at=report.started_at,
+        duration_s=report.duration_s,
+    )
+
+
 def with_tails(report: RunReport) -> RunReport:
     """The report with the ends of the log files that can be read from here."""
     return report.model_copy(update={"steps": [_with_tails(step, _tail_bytes()) for step in report.steps]})

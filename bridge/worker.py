@@ -15,12 +15,13 @@ from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 
 from bridge.activities import Activities
 from bridge.cache import StepCache
-from bridge.client import CONNECT_TIMEOUT_S, TASK_QUEUE, Client, connect_temporal
+from bridge.client import TASK_QUEUE, Client
 from bridge.dispatch import LocalDispatch
 from bridge.gateway import Gateway
 from bridge.placement import Placement
 from bridge.schedule import MOST_IN_FLIGHT
 from bridge.state import State
+from bridge.temporal import CONNECT_TIMEOUT_S, connect_temporal
 from bridge.workflow import PlanWorkflow
 from steps._secrets import SECRETS_DIR_VARIABLE
 

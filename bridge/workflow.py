@@ -19,7 +19,7 @@ from bridge.calls import Begin, Begun, Finish, Record, RunInput, StepCall
 from bridge.expressions import ExpressionError, render
 from bridge.order import dependencies
 from bridge.plan import Retry
-from bridge.report import AttemptReport, RunProgress, RunReport, StepReport, StepState, step_report
+from bridge.report import AttemptReport, RunProgress, RunReport, StepReport, StepState, state_of, step_report
 from bridge.requests import run_scope, step_call
 from bridge.schedule import Instance, Schedule
 from steps import StepError, StepResult
@@ -310,18 +310,7 @@ class PlanWorkflow:
         )
 
     def _show(self, report: StepReport) -> None:
-        self._show_state(
-            StepState(
-                id=report.id,
-                name=report.name,
-                state=report.outcome,
-                reason=report.reason,
-                error=report.error,
-                attempt=len(report.attempts),
-                started_at=report.started_at,
-                duration_s=report.duration_s,
-            )
-        )
+        self._show_state(state_of(report))
 
     def _show_state(self, state: StepState) -> None:
         self._sequence += 1

@@ -12,10 +12,11 @@ import psutil
 import pytest
 
 from bridge import services
-from bridge.client import TASK_QUEUE, Client, connect_temporal
+from bridge.client import TASK_QUEUE, Client
 from bridge.plan import Plan, Step
 from bridge.report import RunReport
 from bridge.state import State
+from bridge.temporal import connect_temporal
 from steps._files import HOST, attempt_dir, read_json
 from steps._request import StepRequest
 

@@ -13,9 +13,10 @@ import psutil
 import pytest
 
 from bridge import services
-from bridge.client import TASK_QUEUE, Client, connect_temporal
+from bridge.client import TASK_QUEUE, Client
 from bridge.plan import Plan, Step
 from bridge.state import State
+from bridge.temporal import connect_temporal
 
 pytestmark = [pytest.mark.temporal, pytest.mark.ray]
 

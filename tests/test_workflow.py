@@ -14,13 +14,14 @@ from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 
 from bridge.activities import Activities
 from bridge.cache import StepCache
-from bridge.client import Client, RunConflict, RunNotFound, connect_temporal
+from bridge.client import Client, RunConflict, RunNotFound
 from bridge.dispatch import LocalDispatch
 from bridge.plan import Plan, Step
 from bridge.reader import read_plan_text
 from bridge.records import events_of, run_dir
 from bridge.report import RunReport
 from bridge.state import State
+from bridge.temporal import connect_temporal
 from bridge.workflow import PlanWorkflow
 
 pytestmark = pytest.mark.temporal
