@@ -201,7 +201,7 @@ def read_document(text: str) -> Document:
     document = builder.document
     size = len(text.encode("utf-8", "surrogatepass"))
     if size > MAX_BYTES:
-        message = f"the plan has {size:,} bytes, the limit is {MAX_BYTES:,}"
+        message = f"the plan has more than {MAX_BYTES:,} bytes"
         document.findings.append((Finding((), message, "split the plan, or move data into files"), 1, 1))
         document.complete = False
         return document

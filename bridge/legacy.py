@@ -30,7 +30,7 @@ class _OldList(Frozen):
 def plan_of_list(data: Any, root: Node, name: str) -> tuple[Plan | None, list[Finding]]:
     """The plan of an old list, or None and what is wrong with it. `root` tells how its values were written."""
     if not isinstance(data, dict):
-        return None, [Finding((), f"got {describe(data)}, wanted a mapping with `steps`")]
+        return None, [Finding((), f"got {describe(data)}, wanted a list of steps or a mapping with `steps`")]
     findings: list[Finding] = []
     data = convert(_OldList, data, root, (), findings.append)
     old, faults = validate(_OldList, data, ())
@@ -51,15 +51,20 @@ def _chained(old_steps: list[_OldStep]) -> list[Step]:
                 id=step_id,
                 name=old.name,
                 type="command",
-                params={"command": old.command, "args": old.args},
-                env=old.env,
-                working_dir=old.workingDir or None,
+                params={"command": _literal(old.command), "args": [_literal(arg) for arg in old.args]},
+                env={name: _literal(value) for name, value in old.env.items()},
+                working_dir=_literal(old.workingDir) if old.workingDir else None,
                 timeout_seconds=old.timeoutSeconds if old.timeoutSeconds and old.timeoutSeconds > 0 else None,
                 allow_failure=old.allowFailure or None,
                 **_after(before),
             )
         )
     return chained
+
+
+def _literal(text: str) -> str:
+    """The text as it stands: old lists have no templates."""
+    return text.replace("${{", "${{ '${{' }}")
 
 
 def _after(before: Step | None) -> dict[str, Any]:

@@ -147,7 +147,8 @@ def nearest_hint(word: str, known: Collection[str], noun: str = "known names") -
     found = nearest(word, known)
     if found is not None:
         return f"did you mean `{found}`?"
-    return f"{noun}: {listed(sorted(known))}" if known else ""
+    named = sorted(word for word in known if word)
+    return f"{noun}: {listed(named)}" if named else ""
 
 
 def listed(words: Sequence[str], limit: int = 12) -> str:

@@ -20,6 +20,7 @@ __all__ = [
     "LoadedPlan",
     "PlanError",
     "Problem",
+    "is_old_list",
     "read_any",
     "read_plan",
     "read_plan_text",
@@ -68,15 +69,20 @@ def read_plan_text(text: str, path: Path) -> LoadedPlan:
 
 
 def read_any(path: Path) -> LoadedPlan:
-    """Read a plan, or the old list when a `.json` file has steps without `id` and `type`. Raises `PlanError`."""
-    if path.suffix == ".json":
-        data = read_document(read_text(path)).data
-        listed_steps = data.get("steps") if isinstance(data, dict) else None
-        if isinstance(listed_steps, list) and not any(
-            isinstance(step, dict) and {"id", "type"} & step.keys() for step in listed_steps
-        ):
-            return read_steps_json(path)
-    return read_plan(path)
+    """Read a plan or, from a `.json` file, the old list. Raises `PlanError`."""
+    if path.suffix != ".json":
+        return read_plan(path)
+    text = read_text(path)
+    return read_steps_json_text(text, path) if is_old_list(text) else read_plan_text(text, path)
+
+
+def is_old_list(text: str) -> bool:
+    """True for the text of an old list of steps, which have neither `id` nor `type`."""
+    data = read_document(text.removeprefix("\ufeff")).data
+    steps = data.get("steps") if isinstance(data, dict) else data
+    return isinstance(steps, list) and not any(
+        isinstance(step, dict) and {"id", "type"} & step.keys() for step in steps
+    )
 
 
 def read_steps_json(path: Path) -> LoadedPlan:
@@ -98,6 +104,9 @@ def read_steps_json_text(text: str, path: Path) -> LoadedPlan:
         raise PlanError([Problem(file=file, message="nested too deeply")]) from None
     # JSON is nearly YAML; where it is not, only the places are less exact.
     root = read_document(text).root
+    if isinstance(data, list):
+        items, root = root, Node(root.line, root.column)
+        data, root.entries["steps"] = {"steps": data}, items
     plan, findings = plan_of_list(data, root, path.stem)
     if plan is not None:
         findings = [found for found in find_problems(plan) if found.severity == "error"]

@@ -232,6 +232,8 @@ def test_the_old_list_of_steps(gateway: ScriptedGateway, tmp_path: Path, monkeyp
     assert (asked["format"], asked["text"]) == ("json", "[]")
     assert (asked["log_dir"], asked["default_log_dir"]) == (None, str(tmp_path / "from-environment"))
     assert re.fullmatch(r"steps-\d{8}-\d{6}-[0-9a-f]{4}", asked["workflow_id"])
+    assert main(["steps.json"]) == 0
+    assert [asked["format"] for asked in gateway.arguments("submit")] == ["json", "json"]
 
 
 def test_every_problem_of_a_plan_is_shown(

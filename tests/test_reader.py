@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bridge.document import core_value, read_document
+from bridge.expressions import render
 from bridge.plan import Plan
 from bridge.problems import PlanError, Problem
 from bridge.reader import read_any, read_plan, read_plan_text, read_steps_json
@@ -189,7 +190,7 @@ def test_an_alias_bomb_is_refused_at_once() -> None:
 
 
 def test_limits_of_size() -> None:
-    assert "bytes, the limit is" in only("# " + "x" * (9 * 1024 * 1024)).message
+    assert "more than 8,388,608 bytes" in only("# " + "x" * (9 * 1024 * 1024)).message
     assert "values in one plan" in only("steps: [" + "1," * 500_001 + "]").message
     assert problems("[" * 1_000_000)[0].message.startswith("nested deeper")
 
@@ -350,12 +351,28 @@ def test_an_old_list_runs_its_steps_one_after_the_other(tmp_path: Path) -> None:
         ({"steps": []}, "wanted at least 1"),
         ({"steps": [{"name": "a"}]}, "missing `command`"),
         ({"steps": [{"command": "a", "cmd": "b"}]}, "unknown key `cmd`"),
-        ([], "got a list, wanted a mapping"),
+        ([], "wanted at least 1"),
+        ([{"command": "a"}, {"command": "a", "cmd": "b"}], r"steps.json:7:3: error: unknown key `cmd` in `steps\[1\]`"),
+        ("a", "got `a`, wanted a list of steps or a mapping with `steps`"),
     ],
 )
 def test_an_old_list_that_is_wrong(tmp_path: Path, data: Any, said: str) -> None:
     with pytest.raises(PlanError, match=said):
         read_steps_json(_old_list(tmp_path, data))
+
+
+def test_a_bare_list_and_its_braces_are_taken_as_they_stand(tmp_path: Path) -> None:
+    steps = [{"command": "echo", "args": ["${{ params.x }} $HOME"], "env": {"A": "a${{"}}]
+    for read in (read_steps_json, read_any):
+        (step,) = read(_old_list(tmp_path, steps)).plan.steps
+        given = render({"args": step.params["args"], "env": step.env}, {})
+        assert given == {"args": ["${{ params.x }} $HOME"], "env": {"A": "a${{"}}
+
+
+def test_hints_leave_out_steps_without_an_id() -> None:
+    text = "steps:\n  - {type: command, command: a}\n  - {id: b, type: command, command: b, depends_on: [zzzz]}\n"
+    with pytest.raises(PlanError, match=r"steps: `b`$"):
+        read_plan_text(text, Path("plan.yaml"))
 
 
 def test_an_old_list_that_is_not_json(tmp_path: Path) -> None:

@@ -65,13 +65,14 @@ def run(
     if len(files) != 1:
         raise click.UsageError(f"got {len(files)} plans, wanted one\n\nhint: orchestrate PLAN.yaml")
     path = files[0].absolute()
+    text = read_plan_file(path)
     request: dict[str, Any] = {
-        "text": read_plan_file(path),
+        "text": text,
         "path": str(path),
         "given": given_params(params, params_file),
         "workflow_id": workflow_id,
         "log_dir": str(log_dir.absolute()) if log_dir else None,
-        "format": "json" if steps_json else "yaml",
+        "format": "json" if steps_json or _is_old_list(path, text) else "yaml",
     }
     if default_log_dir := os.environ.get("TEMPORAL_LOG_DIR"):
         request["default_log_dir"] = str(Path(default_log_dir).absolute())
@@ -153,6 +154,14 @@ def check_here(request: dict[str, Any]) -> None:
         resolve_params(read(request["text"], Path(request["path"])).plan, request["given"])
     except PlanError as error:
         raise CallError("PlanError", str(error)) from error
+
+
+def _is_old_list(path: Path, text: str) -> bool:
+    if path.suffix != ".json":
+        return False
+    from bridge.reader import is_old_list
+
+    return is_old_list(text)
 
 
 def read_plan_file(path: Path) -> str:
