@@ -134,6 +134,11 @@ class Schedule:
         return self._in_flight
 
     @property
+    def pressure(self) -> int:
+        """How many instances run or could run at once, now or in a moment."""
+        return min(self._most_in_flight(), len(self._in_flight) + len(self._queue))
+
+    @property
     def done(self) -> bool:
         """True when every step has its outcome."""
         return not self._in_flight and not self._queue and not any(self._parked.values())

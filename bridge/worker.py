@@ -50,7 +50,22 @@ async def serve(
     placement = Placement(local, state)
     temporal = await connect_temporal(address, namespace, state, timeout_s=connect_timeout_s)
     activities = Activities(placement.choose, StepCache(state.cache_file), state.secrets_dir)
-    worker = Worker(
+    worker = make_worker(temporal, task_queue, activities, drain_s)
+    door = Gateway(Client(temporal, task_queue, state, local=True), state.gateway_socket) if gateway else None
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(placement.close)
+        await stack.enter_async_context(worker)
+        if door is not None:
+            await door.open()
+            stack.push_async_callback(door.close)
+        forgetting = asyncio.create_task(_forget_dead_workers(temporal))
+        await stopped.wait()
+        forgetting.cancel()
+
+
+def make_worker(temporal: TemporalClient, task_queue: str, activities: Activities, drain_s: float) -> Worker:
+    """A worker for plans; nothing runs before it is entered."""
+    return Worker(
         temporal,
         task_queue=task_queue,
         workflows=[PlanWorkflow],
@@ -63,16 +78,6 @@ async def serve(
         sticky_queue_schedule_to_start_timeout=STICKY_TIMEOUT,
         graceful_shutdown_timeout=timedelta(seconds=drain_s),
     )
-    door = Gateway(Client(temporal, task_queue, state, local=True), state.gateway_socket) if gateway else None
-    async with contextlib.AsyncExitStack() as stack:
-        stack.push_async_callback(placement.close)
-        await stack.enter_async_context(worker)
-        if door is not None:
-            await door.open()
-            stack.push_async_callback(door.close)
-        forgetting = asyncio.create_task(_forget_dead_workers(temporal))
-        await stopped.wait()
-        forgetting.cancel()
 
 
 async def _forget_dead_workers(temporal: TemporalClient) -> None:

@@ -25,8 +25,8 @@ from bridge.schedule import Instance, Schedule
 from steps import StepError, StepResult
 from steps._request import Outcome
 
-HEARTBEAT_TIMEOUT = timedelta(seconds=1.5)
-"""A killed worker is noticed after this time at most."""
+SHORTEST_HEARTBEAT_TIMEOUT_S = 1.5
+"""A killed worker is noticed after this time, when there is little to do; see `_heartbeat_timeout`."""
 LONGEST_HISTORY = 8_000
 """Events after which the run goes on in a new execution; Temporal's own limit is 51,200."""
 MOST_INFRASTRUCTURE_ATTEMPTS = 3
@@ -228,12 +228,16 @@ class PlanWorkflow:
             result_type=StepResult,
             activity_id=f"{request.step_id}/{request.attempt}" + ("/end" if activity == "end_step" else ""),
             start_to_close_timeout=_FOREVER,
-            heartbeat_timeout=HEARTBEAT_TIMEOUT,
+            heartbeat_timeout=self._heartbeat_timeout(),
             retry_policy=_UNTIL_ATTACHED,
             cancellation_type=ActivityCancellationType.WAIT_CANCELLATION_COMPLETED,
             summary=request.step_name,
         )
         return result
+
+    def _heartbeat_timeout(self) -> timedelta:
+        """Longer under pressure: a worker that starts 500 steps at once is late, not dead."""
+        return timedelta(seconds=SHORTEST_HEARTBEAT_TIMEOUT_S + self._schedule.pressure / 50)
 
     async def _begin_step(self, call: StepCall) -> StepResult | None:
         """The result of a step that ends soon; None for one that goes on, or could not be begun this way."""
