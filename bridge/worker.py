@@ -10,7 +10,6 @@ from datetime import timedelta
 from pathlib import Path
 
 from temporalio.client import Client as TemporalClient
-from temporalio.service import RPCError
 from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 
 from bridge.activities import Activities
@@ -18,6 +17,7 @@ from bridge.cache import StepCache
 from bridge.client import TASK_QUEUE, Client
 from bridge.dispatch import LocalDispatch
 from bridge.gateway import Gateway
+from bridge.housekeeping import forget_dead_workers, keep_house
 from bridge.placement import Placement
 from bridge.schedule import MOST_IN_FLIGHT
 from bridge.state import State
@@ -58,9 +58,12 @@ async def serve(
         if door is not None:
             await door.open()
             stack.push_async_callback(door.close)
-        forgetting = asyncio.create_task(_forget_dead_workers(temporal))
+        chores = [asyncio.create_task(forget_dead_workers(temporal))]
+        if gateway:
+            chores.append(asyncio.create_task(keep_house(temporal, state)))
         await stopped.wait()
-        forgetting.cancel()
+        for chore in chores:
+            chore.cancel()
 
 
 def make_worker(temporal: TemporalClient, task_queue: str, activities: Activities, drain_s: float) -> Worker:
@@ -78,20 +81,6 @@ def make_worker(temporal: TemporalClient, task_queue: str, activities: Activitie
         sticky_queue_schedule_to_start_timeout=STICKY_TIMEOUT,
         graceful_shutdown_timeout=timedelta(seconds=drain_s),
     )
-
-
-async def _forget_dead_workers(temporal: TemporalClient) -> None:
-    """Ask the server to give us at once what it still keeps for a worker that was killed."""
-    from temporalio.api.common.v1 import WorkflowExecution
-    from temporalio.api.workflowservice.v1 import ResetStickyTaskQueueRequest
-
-    with contextlib.suppress(RPCError):
-        running = 'WorkflowType="PlanWorkflow" AND ExecutionStatus="Running"'
-        async for run in temporal.list_workflows(running, limit=1000):
-            execution = WorkflowExecution(workflow_id=run.id, run_id=run.run_id)
-            request = ResetStickyTaskQueueRequest(namespace=temporal.namespace, execution=execution)
-            with contextlib.suppress(RPCError):
-                await temporal.workflow_service.reset_sticky_task_queue(request)
 
 
 def main() -> None:
