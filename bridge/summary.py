@@ -17,6 +17,8 @@ Report = dict[str, Any]
 """A `RunReport` as JSON data."""
 TAIL_LINES = 10
 MOST_TAILS = 5
+LONGEST_ERROR = 40
+"""A longer error is told in full below the table."""
 MOST_OUTPUTS = 10
 
 
@@ -69,6 +71,10 @@ def _with_tails(steps: list[Step]) -> list[Step]:
 
 def _tails(step: Step) -> list[str]:
     lines = []
+    error = step["error"].strip().splitlines()
+    if step["outcome"] in FAILURES and (len(error) > 1 or len(step["error"]) > LONGEST_ERROR):
+        # The table has room for the beginning of its first line.
+        lines += [f"--- {label(step)} error", *map(visible, error)]
     for stream in ("stdout", "stderr"):
         tail = step[f"{stream}_tail"].replace("\r", "\n").rstrip().splitlines()
         if tail:

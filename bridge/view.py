@@ -30,6 +30,8 @@ DRAWN_AFTER_S = 0.2
 """A run that ends before is not worth a live view."""
 DRAWINGS_PER_S = 4
 BAR_CELLS = 12
+LONGEST_VALUE = 24
+"""Of a longer matrix value the end is shown."""
 
 Step = dict[str, Any]
 """A `StepState` as JSON data."""
@@ -202,9 +204,9 @@ class LiveView:
         table = Table.grid(padding=(0, 1), expand=False)
         name_cells = max((width_of(label(step)) for step in steps), default=0)
         name_cells = min(name_cells, max(8, width // 3))
-        for cells in (1, name_cells, 9, 7):
-            table.add_column(no_wrap=True, min_width=cells, max_width=cells, overflow="ellipsis")
-        table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
+        fixed = (1, name_cells, 9, 7)
+        for cells in (*fixed, max(1, width - sum(fixed) - len(fixed))):
+            table.add_column(no_wrap=True, width=cells, overflow="ellipsis")
         for step in steps:
             state = step["state"]
             colour = COLOURS[state]
@@ -245,8 +247,20 @@ def view_for(stream: TextIO, quiet: bool) -> View:
 def label(step: Step) -> str:
     """Id of a step; of an instance of a matrix step also its values: `count.3 (shard=c)`."""
     _, bracket, values = step["name"].partition(" (")
-    is_instance = step["id"].rpartition(".")[2].isdigit() and bracket
-    return visible(f"{step['id']} ({values}" if is_instance else step["id"])
+    if not bracket or not step["id"].rpartition(".")[2].isdigit():
+        return visible(step["id"])
+    short = ", ".join(_shortened(pair) for pair in visible(values.removesuffix(")")).split(", "))
+    return f"{visible(step['id'])} ({short})"
+
+
+def _shortened(pair: str) -> str:
+    """`name=value` with the end of a long value, where paths differ: `shard=…/3.json`."""
+    name, equals, value = pair.rpartition("=")
+    if len(value) <= LONGEST_VALUE:
+        return pair
+    end = value[-LONGEST_VALUE + 1 :]
+    last_part = end.rfind("/", 0, -1)
+    return f"{name}{equals}…{end[max(0, last_part) :]}"
 
 
 def glyph(state: str) -> str:
@@ -285,6 +299,8 @@ def _doing(step: Step) -> str:
     if step["state"] != "running":
         return "  ".join(part for part in (attempt, visible(why(step))) if part)
     progress = step["progress"]
+    if step["error"] and not progress.get("last_line"):
+        progress = {**progress, "text": f"again after: {why(step)}"}
     fraction = progress.get("fraction")
     parts = [
         attempt,
@@ -310,7 +326,8 @@ def _words(step: Step) -> str:
     attempt = f"attempt {step['attempt']}" if step["attempt"] > 1 else ""
     if state == "running":
         node = step["progress"].get("node", "")
-        return " ".join(part for part in (state, attempt, f"on {visible(node)}" if node else "") if part)
+        text = " ".join(part for part in (state, attempt, f"on {visible(node)}" if node else "") if part)
+        return f"{text} after: {visible(why(step))}" if step["error"] else text
     time_text = duration(step["duration_s"]) if step["started_at"] else ""
     said = visible(why(step))
     text = " ".join(part for part in (state, time_text, attempt) if part)

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from bridge.report import AttemptReport, RunProgress, RunReport, StepReport, StepState
 from bridge.summary import summary
 from bridge.terminal import columns, cut, duration, safe_json, visible, width_of
-from bridge.view import DRAWN_AFTER_S, LiveView, PlainView, Watched, chosen, view_for
+from bridge.view import DRAWN_AFTER_S, LiveView, PlainView, Watched, chosen, label, view_for
 from steps import Progress
 
 ROWS, COLUMNS = 16, 80
@@ -120,6 +120,7 @@ def test_plain_lines_tell_each_change_once() -> None:
         [fetch],
         [fetch.model_copy(update={"progress": Progress(text="half", fraction=0.5)})],
         [running("fetch", 2)],
+        [running("fetch", 3).model_copy(update={"error": "exit code 7"})],
         [ended("fetch", "failed", attempt=2, error="exit code 3\nsecond line", reason="exit_code"), ended("ok")],
         [ended("shard.1", name="count (shard=b)")],
         [ended("late", "skipped", attempt=0, started_at=None, error="`fetch` failed")],
@@ -127,6 +128,7 @@ def test_plain_lines_tell_each_change_once() -> None:
     assert lines == [
         "fetch running",
         "fetch running attempt 2",
+        "fetch running attempt 3 after: exit code 7",
         "fetch failed 2.50s attempt 2: exit code 3",
         "ok succeeded 2.50s",
         "shard.1 (shard=b) succeeded 2.50s",
@@ -170,6 +172,32 @@ def test_the_live_view_has_a_line_for_each_step(screen: Screen) -> None:
     assert re.fullmatch(r"▸ evil +running +[0-9.]+s ok", evil)
     view.close()
     assert screen.lines() == []
+
+
+def test_long_texts_leave_every_column_of_the_live_view(screen: Screen) -> None:
+    long_name = "count (shard=/srv/data/experiments/2026/output/shards/3.json)"
+    view = draw(
+        screen,
+        Run(),
+        ended("fetch", "failed", error="x" * 200),
+        running("count.3", 2).model_copy(update={"name": long_name, "error": "exit code 7"}),
+    )
+    _, fetch, count = screen.lines()
+    assert re.fullmatch(r"✗ fetch +failed +2\.50s x+…", fetch)
+    assert re.match(r"▸ count\.3 \(shard=…/3\.json\) running +\S+ attempt 2  again after: exit code", count)
+    view.close()
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ("shard=/a/3.json, k=2", "shard=/a/3.json, k=2"),
+        ("shard=/srv/data/experiments/output/shards/3.json", "shard=…/3.json"),
+        ("word=abcdefghijklmnopqrstuvwxyz, k=2", "word=…defghijklmnopqrstuvwxyz, k=2"),
+    ],
+)
+def test_of_a_long_matrix_value_the_end_is_shown(values: str, shown: str) -> None:
+    assert label({"id": "count.3", "name": f"count ({values})"}) == f"count.3 ({shown})"
 
 
 def test_notes_stay_above_the_live_view(screen: Screen) -> None:
@@ -261,6 +289,11 @@ def test_the_summary_tells_what_failed_and_why() -> None:
         "logs: /logs/flow/run",
         "plan `demo` ✗ failed in 4.00s (1 succeeded, 2 failed, 1 skipped)",
     ]
+
+
+def test_the_summary_tells_a_long_error_in_full() -> None:
+    lines = ending(io.StringIO(), step("a"), step("b", "failed", error="program `x` is not there\n\nhint: install it"))
+    assert lines[lines.index("--- b error") + 1 :][:3] == ["program `x` is not there", "", "hint: install it"]
 
 
 def test_the_summary_ends_with_the_outputs_of_the_last_steps() -> None:
