@@ -29,7 +29,7 @@ from bridge.reader import LoadedPlan, read_plan_text, read_steps_json_text
 from bridge.report import RunProgress, RunReport, RunSummary
 from bridge.runs import ClientError, RunConflict, RunNotFound, Runs
 from bridge.state import State
-from bridge.temporal import connect_temporal, is_remote
+from bridge.temporal import connect_temporal, has_workers, is_remote
 
 __all__ = ["TASK_QUEUE", "Client", "ClientError", "RunConflict", "RunHandle", "RunNotFound", "SecretsNeeded"]
 
@@ -106,7 +106,13 @@ class Client:
         run = self._run_input(loaded, params or {}, log_dir, default_log_dir)
         workflow_id = workflow_id or _new_workflow_id(run.plan.name)
         self._keep_secrets(run, workflow_id, secrets or {})
-        return await self._start(run, workflow_id, tuple(str(warning) for warning in loaded.warnings))
+        warnings = [str(warning) for warning in loaded.warnings]
+        if not self._local and not await has_workers(self.temporal, self.task_queue):
+            warnings.append(
+                f"warning: no worker serves task queue `{self.task_queue}`; the run waits for one\n"
+                f"  hint: orchestrate worker --task-queue {self.task_queue}"
+            )
+        return await self._start(run, workflow_id, tuple(warnings))
 
     async def submit(
         self,

@@ -3,14 +3,20 @@
 import asyncio
 import os
 import time
+from datetime import timedelta
 
+from temporalio.api.enums.v1 import TaskQueueType
+from temporalio.api.taskqueue.v1 import TaskQueue
+from temporalio.api.workflowservice.v1 import DescribeTaskQueueRequest
 from temporalio.client import Client
 from temporalio.envconfig import ClientConfig
+from temporalio.service import RPCError
 
 from bridge.codec import data_converter
 from bridge.state import State
 
 CONNECT_TIMEOUT_S = 10.0
+DESCRIBE_TIMEOUT = timedelta(seconds=5)
 
 
 def is_remote() -> bool:
@@ -18,6 +24,20 @@ def is_remote() -> bool:
     if os.environ.get("TEMPORAL_ADDRESS"):
         return True
     return bool(ClientConfig.load_client_connect_config().get("target_host"))
+
+
+async def has_workers(temporal: Client, task_queue: str) -> bool:
+    """True when a worker has asked `task_queue` for work in the last minutes; also when the server does not say."""
+    request = DescribeTaskQueueRequest(
+        namespace=temporal.namespace,
+        task_queue=TaskQueue(name=task_queue),
+        task_queue_type=TaskQueueType.TASK_QUEUE_TYPE_WORKFLOW,
+    )
+    try:
+        answer = await temporal.workflow_service.describe_task_queue(request, timeout=DESCRIBE_TIMEOUT)
+    except RPCError:
+        return True
+    return bool(answer.pollers)
 
 
 async def connect_temporal(

@@ -54,6 +54,27 @@ def test_a_plan_runs_on_a_server_and_a_worker_that_were_there(
     assert not (tmp_path / "state" / "supervisor.lock").exists()
 
 
+def test_a_run_that_nobody_works_on_says_so(environment: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text(PLAN)
+    argv = [ORCHESTRATE, tmp_path / "plan.yaml", "--detach", "--task-queue", "other"]
+    run = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0
+    assert "no worker serves task queue `other`" in run.stderr
+    assert "orchestrate worker --task-queue other" in run.stderr
+
+
+def test_a_profile_that_is_not_there_starts_nothing(tmp_path: Path) -> None:
+    config = tmp_path / "temporal.toml"
+    config.write_text('[profile.default]\naddress = "127.0.0.1:1"\n')
+    own = {"ORCHESTRATE_HOME": str(tmp_path / "state"), "TEMPORAL_CONFIG_FILE": str(config), "TEMPORAL_PROFILE": "nope"}
+    environment = {name: value for name, value in os.environ.items() if name != "TEMPORAL_ADDRESS"} | own
+    for arguments in (["runs"], ["worker"]):
+        run = subprocess.run([ORCHESTRATE, *arguments], env=environment, capture_output=True, text=True, timeout=60)
+        assert run.returncode == 2
+        assert "TEMPORAL_PROFILE names `nope`" in run.stderr and "its profiles: `default`" in run.stderr
+    assert not (tmp_path / "state" / "supervisor.lock").exists()
+
+
 def test_sigterm_drains_the_worker_and_the_next_one_takes_over(
     environment: dict[str, str], worker: subprocess.Popen[bytes], tmp_path: Path
 ) -> None:

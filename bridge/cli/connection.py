@@ -82,16 +82,21 @@ def connect(address: str | None, namespace: str | None, task_queue: str | None) 
 
     Nothing is started before the first call.
     """
-    if address or _is_configured():
+    if address or is_configured():
         return RemoteConnection(address, namespace, task_queue)
     return LocalConnection(State.from_environment())
 
 
-def _is_configured() -> bool:
-    """Whether the profile in use of Temporal's configuration file names an address."""
+def is_configured() -> bool:
+    """Whether the profile in use of Temporal's configuration file names an address. `Failure` without the profile."""
     folder = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
     path = Path(os.environ.get("TEMPORAL_CONFIG_FILE") or Path(folder) / "temporalio" / "temporal.toml")
+    profile = os.environ.get("TEMPORAL_PROFILE")
     if not path.is_file():
+        if profile:
+            raise Failure(
+                f"TEMPORAL_PROFILE names `{profile}`, but there is no file `{path}`", "unset TEMPORAL_PROFILE"
+            )
         return False
     import tomllib
 
@@ -99,7 +104,10 @@ def _is_configured() -> bool:
         profiles = tomllib.loads(path.read_text()).get("profile", {})
     except ValueError as error:
         raise Failure(f"`{path}` is not valid TOML: {error}") from error
-    return bool(profiles.get(os.environ.get("TEMPORAL_PROFILE", "default"), {}).get("address"))
+    if profile and profile not in profiles:
+        known = ", ".join(f"`{name}`" for name in sorted(profiles)) or "none"
+        raise Failure(f"TEMPORAL_PROFILE names `{profile}`, which `{path}` does not have", f"its profiles: {known}")
+    return bool(profiles.get(profile or "default", {}).get("address"))
 
 
 class LocalConnection:

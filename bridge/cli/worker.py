@@ -1,9 +1,12 @@
 """`orchestrate worker`: a worker in the foreground, for a Temporal server of one's own."""
 
 import asyncio
+import os
 import sys
 
 import click
+
+from bridge.cli.connection import is_configured
 
 
 @click.command()
@@ -22,7 +25,10 @@ def worker(address: str | None, namespace: str | None, task_queue: str, drain_ti
     from bridge.state import State
     from bridge.worker import serve
 
+    is_configured()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    place = address or os.environ.get("TEMPORAL_ADDRESS") or "the configured address"
+    logging.getLogger("orchestrate").info("serving task queue `%s` at %s; SIGTERM drains", task_queue, place)
     state = State.from_environment().create()
     try:
         asyncio.run(serve(state, address, namespace=namespace, task_queue=task_queue, drain_s=drain_timeout))
