@@ -71,7 +71,7 @@ def environment(state: State, ports: dict[str, int]) -> dict[str, str]:
 
     The dashboard comes up by itself a little later: `ray start` shall not wait for it, and by not waiting it does not
     count the dashboard among the processes whose crash ends every step. (It logs `Failed to start the dashboard`.)
-    Steps run at normal priority, as the steps beside the worker do: at Ray's own (nice 15) they starve on a busy machine.
+    Steps run at normal priority, as those beside the worker do: at Ray's own (nice 15) they starve on a busy machine.
     """
     return {
         **client_environment(state),

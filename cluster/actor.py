@@ -82,6 +82,8 @@ class StepActor:
             if self._attempt is not None and not self._attempt.ended:
                 return Poll(busy=True)
             self._known_keys.add(request.key)
+            env = self._shape.thread_environment | request.env
+            request = request.model_copy(update={"env": env})
             self._attempt = _Attempt(request, within(self._folder, request.key), _gpus())
             arguments = self._attempt, asyncio.get_running_loop()
             threading.Thread(target=self._work, args=arguments, name="step", daemon=True).start()

@@ -24,7 +24,7 @@ from ray.exceptions import ActorUnavailableError, RayError
 
 from cluster.actor import ActorState, StepActor
 from cluster.connect import NAMESPACE
-from cluster.shape import ResourceShape, lacking, why_infeasible
+from cluster.shape import ResourceShape, amount_text, lacking, quantity, why_infeasible
 from steps import Frozen
 
 log = logging.getLogger(__name__)
@@ -336,7 +336,8 @@ class Pool:
         if not lacking(shape, view.free):
             return f"starting an actor with {shape}"
         parts = [
-            f"{view.free.get(name, 0):g} of {view.total.get(name, 0):g} {name} free" for name in sorted(shape.amounts)
+            f"{quantity(name, view.free.get(name, 0))} of {amount_text(name, view.total.get(name, 0))} free"
+            for name in sorted(shape.amounts)
         ]
         return f"waiting for a node with {shape} ({', '.join(parts)})"
 

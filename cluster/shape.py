@@ -48,8 +48,16 @@ class ResourceShape(Frozen):
             options["label_selector"] = dict(self.labels)
         return options
 
+    @property
+    def thread_environment(self) -> dict[str, str]:
+        """Variables that keep numeric libraries to the CPUs asked for; without them each starts a thread per core.
+
+        None for a step with a GPU, which seldom says how many CPUs it uses. What a plan declares in `env` wins.
+        """
+        return {} if self.gpus or not self.cpus else {"OMP_NUM_THREADS": str(max(1, int(self.cpus)))}
+
     def __str__(self) -> str:
-        parts = [f"{amount:g} {name}" for name, amount in self.amounts.items()]
+        parts = [amount_text(name, amount) for name, amount in self.amounts.items()]
         parts += [f"label {name}={value}" for name, value in self.labels.items()]
         return ", ".join(parts) or "nothing in particular"
 
@@ -80,10 +88,20 @@ def why_infeasible(shape: ResourceShape, nodes: Iterable[Mapping[str, Any]]) -> 
 
 def _offer(node: Mapping[str, Any], shape: ResourceShape) -> str:
     names = sorted({"CPU", "GPU", *shape.amounts})
-    parts = [f"{node['Resources'].get(name, 0):g} {name}" for name in names]
+    parts = [amount_text(name, node["Resources"].get(name, 0)) for name in names]
     labels = node.get("Labels") or {}
     parts += [f"label {name}={labels[name]}" if name in labels else f"no label {name}" for name in shape.labels]
     return f"`{node.get('NodeManagerHostname', '?')}` with {', '.join(parts)}"
+
+
+def amount_text(name: str, amount: float) -> str:
+    """An amount of a Ray resource for people: `2 CPU`, `16.9 GB memory`."""
+    return f"{quantity(name, amount)} {'GB memory' if name == 'memory' else name}"
+
+
+def quantity(name: str, amount: float) -> str:
+    """The number alone: GB for memory, else the amount as it is."""
+    return f"{round(amount / 1e9, 3):g}" if name == "memory" else f"{amount:g}"
 
 
 def _label_matches(selector: str, value: str | None) -> bool:

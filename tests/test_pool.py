@@ -176,3 +176,9 @@ async def test_shapes() -> None:
     assert shape.identity == ResourceShape.model_validate_json(shape.model_dump_json()).identity
     dead = {"Alive": False, "Resources": {"CPU": 64}, "Labels": {}}
     assert "there is no node" in why_infeasible(ResourceShape(), [dead])
+
+
+async def test_memory_is_told_in_gigabytes() -> None:
+    node = {"Alive": True, "NodeManagerHostname": "n", "Resources": {"CPU": 2.0, "memory": 16_954_000_000.0}}
+    reason = why_infeasible(ResourceShape(memory=900_000_000_000), [node])
+    assert "wanted 1 CPU, 900 GB memory, there is `n` with 2 CPU, 0 GPU, 16.954 GB memory" in reason

@@ -206,6 +206,14 @@ async def test_fractions_of_a_cpu_run_side_by_side(bench: Bench) -> None:
     assert len({result.pid for result in results}) == 3
 
 
+async def test_a_step_has_as_many_threads_as_cpus_unless_it_says_otherwise(bench: Bench) -> None:
+    async def threads(cpus: float, **env: str) -> str:
+        result = await bench.run(bench.shell('echo "$OMP_NUM_THREADS"', env=env), cpus=cpus)
+        return (Path(result.attempt_dir) / "stdout.log").read_text().strip()
+
+    assert [await threads(0.5), await threads(2), await threads(0.5, OMP_NUM_THREADS="3")] == ["1", "2", "3"]
+
+
 async def test_labels_and_custom_resources_place_a_step(bench: Bench) -> None:
     result = await bench.run(bench.shell("true"), labels={"zone": "here"}, custom={"slot": 1}, memory=50_000_000)
     assert result.outcome == "succeeded", result
