@@ -154,16 +154,21 @@ class PlanWorkflow:
             self._wake.set()
             return
         attempt = len(self._attempts.get(instance.id, [])) + 1
+        self._show_running(instance, attempt)
+        self._tasks[instance.id] = asyncio.create_task(self._run_instance(instance))
+
+    def _show_running(self, instance: Instance, attempt: int, error: str = "") -> None:
+        """A new attempt; `error` is why the one before it ended."""
         self._show_state(
             StepState(
                 id=instance.id,
                 name=instance.name,
                 state="running",
+                error=error,
                 attempt=attempt,
                 started_at=workflow.now().timestamp(),
             )
         )
-        self._tasks[instance.id] = asyncio.create_task(self._run_instance(instance))
 
     async def _run_instance(self, instance: Instance) -> None:
         report = await self._attempt_until_decided(instance)
@@ -187,6 +192,7 @@ class PlanWorkflow:
             ended.append(_attempt_report(number, result))
             if not _tries_again(step.retry or Retry(), result, ended):
                 return self._step_report(instance, result, ended)
+            self._show_running(instance, number + 1, result.error)
             try:
                 await asyncio.sleep(_pause_s(step.retry or Retry(), ended))
             except asyncio.CancelledError:

@@ -133,6 +133,22 @@ async def test_retry_keeps_the_logs_of_every_attempt_and_stops_at_what_it_is_not
     assert [attempt.outcome for attempt in steps["slow"].attempts] == ["timed_out", "timed_out"]
 
 
+async def test_a_watcher_sees_the_next_attempt_and_why_there_is_one(client: Client, tmp_path: Path) -> None:
+    plan = Plan(steps=[shell("flaky", "exit 5", retry={"max_attempts": 2, "backoff_s": 60, "on": [5]})])
+    handle = await client.start(plan, plan_dir=tmp_path, log_dir=tmp_path / "logs")
+    sequence, step = 0, None
+    for _ in range(60):
+        progress = await client.progress(handle.workflow_id, handle.run_id, since=sequence, wait_s=1)
+        sequence, step = progress.sequence, progress.steps[0] if progress.steps else step
+        if step is not None and step.attempt == 2:
+            break
+    assert step is not None and (step.state, step.attempt) == ("running", 2)
+    assert step.error == "`bash` ended with exit code 5"
+    await client.cancel(handle.workflow_id, handle.run_id)
+    report = await client.wait(handle.workflow_id, handle.run_id)
+    assert (report.outcome, len(report.steps[0].attempts)) == ("cancelled", 1)
+
+
 async def test_cancel_ends_what_runs_and_still_cleans_up(client: Client, tmp_path: Path) -> None:
     plan = Plan(
         steps=[
