@@ -63,9 +63,18 @@ class Retry(Frozen):
     backoff_s: Annotated[float, Field(ge=0)] = 1.0
     """Wait before the second attempt, in seconds; doubled for each further one."""
     max_backoff_s: Annotated[float, Field(ge=0)] = 60.0
-    """Longest wait between attempts, in seconds."""
+    """Longest wait between attempts, in seconds; by default 60, or `backoff_s` where that is longer."""
     on: list[int | Literal["infrastructure", "timeout"]] | None = None
     """Exit codes, `infrastructure`, `timeout`; by default every failure that may pass."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _longest_is_no_shorter_than_asked(cls, given: Any) -> Any:
+        """A long `backoff_s` alone is what was asked for, not something to cut at the default of the other."""
+        if isinstance(given, dict) and "max_backoff_s" not in given and isinstance(given.get("backoff_s"), int | float):
+            longest = max(given["backoff_s"], cls.model_fields["max_backoff_s"].default)
+            return {**given, "max_backoff_s": longest}
+        return given
 
 
 class Cache(Frozen):

@@ -386,3 +386,18 @@ def test_a_plan_in_json_is_a_plan(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text(json.dumps({"steps": [{"id": "a", "type": "command", "command": "ls"}]}))
     assert read_any(path).plan.steps[0].id == "a"
+
+
+@pytest.mark.parametrize(
+    ("retry", "longest"),
+    [
+        ("backoff_s: 300", 300),
+        ("backoff_s: 2", 60),
+        ("max_attempts: 2", 60),
+        ("backoff_s: 300, max_backoff_s: 100", 100),
+    ],
+)
+def test_a_long_backoff_is_not_cut_by_a_default(retry: str, longest: float) -> None:
+    step = read(f"steps: [{{id: a, type: command, command: ls, retry: {{{retry}}}}}]\n").steps[0]
+    assert step.retry is not None
+    assert step.retry.max_backoff_s == longest
