@@ -61,7 +61,10 @@ def _parse(text: str, folder: Path) -> Mount:
     goal, _, mode = rest.partition(":")
     if not host or not goal.startswith("/") or mode not in ("", "ro", "rw"):
         raise ValueError(f"mount `{text}` is not `host:container`, `host:container:ro` or `host:container:rw`")
-    path = folder / Path(host).expanduser()
+    try:
+        path = folder / Path(host).expanduser()
+    except RuntimeError:
+        raise ValueError(f"mount `{text}`: there is no user `{host.partition('/')[0]}` on this machine") from None
     if not path.exists():
         raise ValueError(f"mount `{text}`: `{path}` does not exist on this machine")
     return Mount(str(path.resolve()), goal, mode == "ro")
