@@ -6,12 +6,13 @@ A step starts when its own dependencies are decided, not when a wave is. Every s
 """
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
 from bridge.plan import Condition, Plan, Step
+from bridge.problems import brief
 from bridge.report import StepReport
 from steps._request import Outcome
 
@@ -215,8 +216,8 @@ class Schedule:
         outcomes = {other: self._groups[other].outcome for other in sorted(group.waits_for)}
         if step.when is not None:
             if not self._holds(step.when):
-                seen = ", ".join(f"`{other}` {outcomes[other]}" for other in sorted(step.when.steps()))
-                return "skipped", "when", f"its `when` does not hold: {seen}"
+                seen = dict.fromkeys(self._seen_by(step.when, outcomes))
+                return "skipped", "when", f"its `when` does not hold: {', '.join(seen)}"
             if self.stopped and not self._may_start_after_stop(group):
                 return "not_run", self.stopped, f"not started: the run was {_STOP_WORDS[self.stopped]}"
             return None, "", ""
@@ -251,6 +252,20 @@ class Schedule:
             wanted_outputs = self._render(condition.outputs, self.scope)
             return all(seen["outputs"].get(name, _MISSING) == value for name, value in wanted_outputs.items())
         return True
+
+    def _seen_by(self, condition: Condition, outcomes: Mapping[str, Any]) -> Iterator[str]:
+        """What a condition looked at, as it was: `` `a` failed with exit code 3 ``."""
+        for part in [*(condition.all or []), *(condition.any or [])]:
+            yield from self._seen_by(part, outcomes)
+        if condition.step is None:
+            return
+        seen, words = self.scope["steps"][condition.step], f"`{condition.step}` {outcomes[condition.step]}"
+        if condition.exit_code is not None and seen["exit_code"] is not None:
+            words += f" with exit code {seen['exit_code']}"
+        for name in condition.outputs or {}:
+            outputs = seen["outputs"]
+            words += f", its `{name}` is {brief(outputs[name])}" if name in outputs else f" without an output `{name}`"
+        yield words
 
     def _expand(self, step: Step) -> list[Instance]:
         if step.matrix is None:

@@ -17,8 +17,6 @@ Report = dict[str, Any]
 """A `RunReport` as JSON data."""
 TAIL_LINES = 10
 MOST_TAILS = 5
-LONGEST_ERROR = 40
-"""A longer error is told in full below the table."""
 MOST_OUTPUTS = 10
 
 
@@ -31,7 +29,7 @@ def summary(report: Report, stream: TextIO) -> list[str]:
     if shown:
         rows = [_row(step) for step in shown]
         lines += ["", *columns(("STEP", "OUTCOME", "DURATION", "ATTEMPTS", ""), rows, stream)]
-    for block in (*map(_tails, _with_tails(steps)), _last_outputs(steps)):
+    for block in (*(_tails(step, limit) for step in _with_tails(steps)), _last_outputs(steps)):
         lines += ["", *block] if block else []
     counts: dict[str, int] = {}
     for step in steps:
@@ -69,11 +67,11 @@ def _with_tails(steps: list[Step]) -> list[Step]:
     return steps if len(steps) == 1 else [step for step in steps if step["outcome"] in FAILURES][:MOST_TAILS]
 
 
-def _tails(step: Step) -> list[str]:
+def _tails(step: Step, limit: int | None) -> list[str]:
+    """What a step said at its end: an error that the table of `limit` cells has no room for, and its output."""
     lines = []
     error = step["error"].strip().splitlines()
-    if step["outcome"] in FAILURES and (len(error) > 1 or len(step["error"]) > LONGEST_ERROR):
-        # The table has room for the beginning of its first line.
+    if step["outcome"] in FAILURES and error and (len(error) > 1 or (limit and len(error[0]) > limit // 3)):
         lines += [f"--- {label(step)} error", *map(visible, error)]
     for stream in ("stdout", "stderr"):
         tail = step[f"{stream}_tail"].replace("\r", "\n").rstrip().splitlines()

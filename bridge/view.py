@@ -314,6 +314,8 @@ def _doing(step: Step) -> str:
 
 def why(step: Step) -> str:
     """First line of what there is to say about how a step ended."""
+    if step["reason"] == "empty_matrix":
+        return "its matrix has no values"
     if step["state"] == "succeeded":
         return str(step["reason"])
     first = str(step["error"]).strip().partition("\n")[0]

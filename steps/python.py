@@ -56,7 +56,8 @@ def _find(call: str) -> Any:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise StepError(f"module `{error.name}` of `{call}` is not found\n\nhint: looked in {sys.path[:2]}") from error
+        folders = ", ".join(f"`{folder}`" for folder in sys.path[:2])
+        raise StepError(f"module `{error.name}` of `{call}` is not found\n\nhint: looked first in {folders}") from error
     function = module
     for part in function_name.split("."):
         if not hasattr(function, part):

@@ -80,6 +80,24 @@ def test_a_failure_skips_what_depends_on_it_runs_its_handlers_and_leaves_the_res
     assert schedule.outcome() == "failed"
 
 
+def test_a_skip_by_when_tells_what_the_condition_saw() -> None:
+    plan = make_plan(
+        {"id": "a", "allow_failure": True},
+        {"id": "b"},
+        {"id": "code", "when": {"step": "a", "exit_code": [3, 4]}},
+        {
+            "id": "out",
+            "when": {"all": [{"step": "b", "outputs": {"n": 2, "m": 1}}, {"step": "b", "status": "success"}]},
+        },
+        {"id": "gone", "when": {"any": [{"step": "code", "exit_code": 0}, {"step": "a", "status": "success"}]}},
+    )
+    schedule = run(plan, {"a": "failed"}, {"b": {"n": 1}})
+    said = {report.id: report.error.removeprefix("its `when` does not hold: ") for report in schedule.reports()}
+    assert said["code"] == "`a` failed with exit code 1"
+    assert said["out"] == "`b` succeeded, its `n` is `1` without an output `m`, `b` succeeded"
+    assert said["gone"] == "`code` skipped, `a` failed"
+
+
 def test_when_implies_the_dependency_and_ignores_the_outcome_of_the_others() -> None:
     plan = make_plan(
         {"id": "a", "allow_failure": True},

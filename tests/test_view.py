@@ -123,6 +123,7 @@ def test_plain_lines_tell_each_change_once() -> None:
         [running("fetch", 3).model_copy(update={"error": "exit code 7"})],
         [ended("fetch", "failed", attempt=2, error="exit code 3\nsecond line", reason="exit_code"), ended("ok")],
         [ended("shard.1", name="count (shard=b)")],
+        [ended("none", reason="empty_matrix", attempt=0, started_at=None)],
         [ended("late", "skipped", attempt=0, started_at=None, error="`fetch` failed")],
     )
     assert lines == [
@@ -132,6 +133,7 @@ def test_plain_lines_tell_each_change_once() -> None:
         "fetch failed 2.50s attempt 2: exit code 3",
         "ok succeeded 2.50s",
         "shard.1 (shard=b) succeeded 2.50s",
+        "none succeeded: its matrix has no values",
         "late skipped: `fetch` failed",
     ]
 
