@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge.state import State, StateError, private_dir, write_private
+from steps._secrets import SECRETS_DIR_VARIABLE
 
 HOST = "127.0.0.2"
 PORT_NAMES = (
@@ -80,6 +81,7 @@ def environment(state: State, ports: dict[str, int]) -> dict[str, str]:
         "DASHBOARD_METRIC_PORT": str(ports["dashboard_metrics_port"]),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",
+        SECRETS_DIR_VARIABLE: str(state.secrets_dir),
     }
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import random
 import signal
 import time
 from collections.abc import AsyncIterator
@@ -149,3 +150,87 @@ async def test_what_no_node_can_give_fails_at_once_and_says_what_there_is(client
     (step,) = report.steps
     assert (step.outcome, step.reason) == ("failed", "infeasible")
     assert "64 GPU" in step.error
+
+
+EFFECT = '''
+import os, sys, time
+
+def effect(name, pause_s):
+    """Its side effect is the last thing it does."""
+    time.sleep(pause_s)
+    with open("effects", "a") as file:
+        file.write(f"{name}\\n")
+    return {"nice": os.nice(0)}
+'''
+
+
+def victims(state: State, kind: str) -> list[psutil.Process]:
+    """Living processes of one kind that belong to this state's services."""
+    pids = {process["name"]: process["pid"] for process in services.status(state)["processes"] if process["pid"]}
+    root = pids.get("worker" if kind in ("worker", "cluster.driver") else "ray")
+    found: list[psutil.Process] = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(root) if root else None
+        if process is None or kind == "worker":
+            return [process] if process else []
+        for child in process.children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if kind in " ".join([child.name(), *child.cmdline()]):
+                    found.append(child)
+    return found
+
+
+async def test_killing_parts_of_ray_at_random_moments_loses_no_step(
+    client: Client, local_state: State, tmp_path: Path
+) -> None:
+    """A step whose actor lives has its effect once; one whose actor is killed may be tried again, and says so."""
+    (tmp_path / "effects.py").write_text(EFFECT)
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    steps = [
+        Step.model_validate(
+            {
+                "id": f"s{number}",
+                "type": "python",
+                "params": {
+                    "call": "effects:effect",
+                    "arguments": {"name": f"s{number}", "pause_s": round(chance.uniform(0.5, 1.5), 2)},
+                },
+                "resources": {"cpus": 0.5},
+                "depends_on": [f"s{number - 4}"] if number > 3 else [],
+                "retry": {"max_attempts": 12, "backoff_s": 0.1, "on": ["infrastructure"]},
+            }
+        )
+        for number in range(12)
+    ]
+    run = await client.start(Plan(steps=steps), plan_dir=tmp_path)
+    killed = []
+    kinds = ["ray::StepActor", "ray::Pool", "cluster.driver", "worker", chance.choice(["raylet", "gcs_server"])]
+    for kind in chance.sample(kinds, len(kinds)):
+        await asyncio.sleep(chance.uniform(0.3, 1.5))
+        found = await asyncio.to_thread(victims, local_state, kind)
+        for victim in found and [chance.choice(found)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                victim.kill()
+                killed.append(kind)
+    report = await client.wait(run.workflow_id, run.run_id)
+    assert report.outcome == "succeeded", (killed, [step for step in report.steps if step.outcome != "succeeded"])
+    assert {step.outputs["nice"] for step in report.steps} == {os.nice(0)}
+    effects = (tmp_path / "effects").read_text().split()
+    for step in report.steps:
+        lost = [attempt for attempt in step.attempts if attempt.outcome != "succeeded"]
+        assert {attempt.reason for attempt in lost} <= {"infrastructure"}
+        assert 1 <= effects.count(step.id) <= 1 + len(lost), (killed, step.id)
+
+
+async def test_a_secret_reaches_a_step_on_ray_and_nothing_else(
+    client: Client, local_state: State, tmp_path: Path
+) -> None:
+    (local_state.secrets_dir / "token").write_text("correct-horse-battery")
+    shell = {"type": "command", "resources": {"cpus": 0.5}, "secrets": {"TOKEN": "token"}}
+    script = 'echo "$TOKEN"; [ ${#TOKEN} = 21 ] && env -0 | tr "\\0" "\\n" | grep -c "^ORCHESTRATE_SECRETS\\|^RAY_"'
+    step = Step.model_validate({"id": "s", "params": {"command": "sh", "args": ["-c", script + " || true"]}, **shell})
+    report = await client.run(Plan(secrets=["token"], steps=[step]), plan_dir=tmp_path)
+    assert report.outcome == "succeeded", report.steps[0].error
+    assert Path(report.steps[0].stdout_path).read_text() == "***\n0\n"
