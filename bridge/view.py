@@ -105,6 +105,7 @@ class PlainView:
         self._stream = stream
         self._counted_at = time.monotonic()
         self._counts = ""
+        self._waits: set[str] = set()
 
     def update(self, watched: Watched, changes: list[tuple[Step | None, Step]]) -> None:
         """A line for each step that changed; of a big plan, failures and counts."""
@@ -114,11 +115,22 @@ class PlainView:
             quiet = is_big and step["state"] not in FAILURES and step["attempt"] < 2
             if not same and not quiet and step["state"] != "waiting":
                 self._print(f"{clock()} {label(step)} {_words(step)}")
+            self._tell_wait(step)
         if is_big and (watched.ended or time.monotonic() - self._counted_at > COUNTS_INTERVAL_S):
             self._counted_at = time.monotonic()
             if (counts := watched.counts()) != self._counts:
                 self._counts = counts
                 self._print(f"{clock()} {counts}")
+
+    def _tell_wait(self, step: Step) -> None:
+        """What steps wait for before they run anywhere, once for all of them."""
+        text = step["progress"].get("text", "")
+        if step["state"] != "running" or not text.startswith("waiting for") or step["progress"].get("node"):
+            return
+        wait = text.partition(" (")[0]
+        if wait not in self._waits:
+            self._waits.add(wait)
+            self._print(f"{clock()} {label(step)} {visible(text)}")
 
     def note(self, text: str) -> None:
         """A line with the time."""

@@ -138,6 +138,13 @@ def test_plain_lines_tell_each_change_once() -> None:
     ]
 
 
+def test_plain_lines_tell_once_what_steps_wait_for() -> None:
+    text = "waiting for the Ray cluster: no Ray cluster answers at `127.0.0.1:1`"
+    waits = [running(step_id, text=text) for step_id in ("a", "b")]
+    lines = plain_lines(Run(), [running("a"), running("b")], waits, waits, [ended("a")])
+    assert lines == ["a running", "b running", f"a {text}", "a succeeded 2.50s"]
+
+
 def test_plain_lines_of_a_big_plan_are_failures_retries_and_counts() -> None:
     steps = [ended(f"s{number}") for number in range(998)]
     lines = plain_lines(
