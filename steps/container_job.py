@@ -4,7 +4,9 @@ import contextlib
 import re
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import AfterValidator
 
 from steps import Context, Frozen, PlanPath, Shell, StepCancelled, StepError, StepFailed
 from steps import Outputs as StepOutputs
@@ -25,6 +27,12 @@ _OF_THE_NODE = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH")
 _SECRET_NAMES = ("HF_TOKEN",)
 
 
+def _is_mount(value: str) -> str:
+    if "${{" in value or re.fullmatch(r"[^:]+:/[^:]*(:ro|:rw)?", value):
+        return value
+    raise ValueError(f"got `{value}`, wanted `host:/container`, or that with `:ro`")
+
+
 class Params(Frozen):
     command: Shell
     """Command line, run by `bash -c` in the container."""
@@ -40,7 +48,7 @@ class Params(Frozen):
     """A launcher script to use instead of our own launch, when it exists: `LAUNCHER --entrypoint NAME -- COMMAND`."""
     image: str = ""
     """Image to run; `SYGALDRY_IMAGE` or `sygaldry/zephyr:base` by default."""
-    mounts: list[str] = []
+    mounts: list[Annotated[str, AfterValidator(_is_mount)]] = []
     """Further mounts, `host:container` or `host:container:ro`; relative host paths are the plan's."""
     memory: str = ""
     """Memory limit, such as `8GiB`."""

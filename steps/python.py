@@ -4,13 +4,22 @@ import importlib
 import inspect
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator
 
 from steps import Context, Frozen, Outputs, StepError
 
 
+def _is_call(value: str) -> str:
+    module, _, function = value.partition(":")
+    if "${{" in value or (module and function):
+        return value
+    raise ValueError(f"got `{value}`, wanted `module:function`")
+
+
 class Params(Frozen):
-    call: str
+    call: Annotated[str, AfterValidator(_is_call)]
     """`module:function`. The module is looked up in the plan's folder first, then as an installed one."""
     arguments: dict[str, Any] = {}
     """Keyword arguments. A parameter called `context` receives the step's `Context`."""

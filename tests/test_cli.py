@@ -446,6 +446,11 @@ def test_logs_as_json_lines(clean: State, recorded: Path, capsys: pytest.Capture
 def test_logs_of_what_is_not_there(clean: State, recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["logs", "flow-1", "--log-dir", str(recorded), "--step", "biuld"]) == 2
     assert "did you mean `build`?" in capsys.readouterr().err
+    (report,) = recorded.glob("flow-1/*/events.jsonl")
+    step = {"id": "kept", "stdout_path": "/runs/before/stdout.log"}
+    report.with_name("report.json").write_text(json.dumps({"steps": [step]}))
+    assert main(["logs", "flow-1", "--log-dir", str(recorded), "--step", "kept"]) == 2
+    assert "hint: its log is `/runs/before/stdout.log`" in capsys.readouterr().err
     assert main(["logs", "flaw-1", "--log-dir", str(recorded)]) == 2
     assert "did you mean `flow-1`?" in capsys.readouterr().err
     assert main(["logs", "last", "--log-dir", str(recorded / "flow-1")]) == 2

@@ -295,7 +295,6 @@ def test_lines_without_end_and_broken_utf8_are_survived(small_image, job_context
         ({"gpu": True}, "no NVIDIA runtime"),
         ({"memory": "much"}, "memory `much` is not a size"),
         ({"mounts": ["missing:/x"]}, "does not exist"),
-        ({"mounts": ["/tmp"]}, "is not `host:container`"),
         ({"project_id": "../x"}, "not a plain name"),
         ({"image": "127.0.0.1:9/none:1"}, "cannot be pulled(.|\n)*hint: build it"),
         ({"workspace": "missing"}, "is not a folder"),

@@ -278,6 +278,8 @@ def test_a_problem_inside_a_string_key_points_to_the_key() -> None:
         ("type: command, command: ls, retry: 3", "got `3`, wanted a mapping"),
         ("type: command, command: ls, secrets: [[a]]", "wanted a text"),
         ("type: docker_build, docker_build: {image: x, build_args: [A=1]}", "wanted a mapping"),
+        ("type: python, python: {call: main}", "got `main`, wanted `module:function`"),
+        ("type: container_job, container_job: {command: x, mounts: [/a]}", "got `/a`, wanted `host:/container`"),
     ],
 )
 def test_fields_that_do_not_fit(step: str, said: str) -> None:

@@ -133,9 +133,20 @@ def _check_step(folder: Path, step_id: str) -> None:
         import difflib
 
         near = difflib.get_close_matches(step_id, list(known), n=1)
+        if path := _log_elsewhere(folder, step_id):
+            raise Failure(f"step `{step_id}` did not run in this run: its result was kept", f"its log is `{path}`")
         raise Failure(
             f"the run has no step `{step_id}`", f"did you mean `{near[0]}`?" if near else f"steps: {', '.join(known)}"
         )
+
+
+def _log_elsewhere(folder: Path, step_id: str) -> str:
+    """Where the log of a step is whose result came from the cache or from the run that was tried again."""
+    try:
+        steps = json.loads((folder / "report.json").read_text(encoding="utf-8"))["steps"]
+    except (OSError, ValueError):
+        return ""
+    return next((step["stdout_path"] for step in steps if step["id"] == step_id), "")
 
 
 def _print_records(records: Iterator[dict[str, Any]], as_json: bool, one_step: bool, one_attempt: bool) -> None:
