@@ -19,7 +19,7 @@ from typing import Any
 from temporalio import activity
 from temporalio.contrib.pydantic import pydantic_data_converter
 from temporalio.converter import DataConverter
-from temporalio.exceptions import ApplicationError
+from temporalio.exceptions import ApplicationError, CancelledError
 from temporalio.plugin import SimplePlugin
 
 from bridge.activities import attend
@@ -81,11 +81,17 @@ class RayPlugin(SimplePlugin):
             log_dir=str(self._log_dir),
             plan_dir=str(Path.cwd()),
         )
+        if info.start_to_close_timeout is not None:
+            # Temporal stops waiting then; what nobody waits for must not hold its node until `timeout_s`.
+            longest = min(request.timeout_s, info.start_to_close_timeout.total_seconds())
+            request = request.model_copy(update={"timeout_s": longest})
         dispatch = OnRay(self._ray, call.shape)
         result = await attend(lambda: dispatch.attach_or_start(request))
         if result.outcome == "succeeded":
             return result.outputs
         (attempt_dir(request) / _DELIVERED).touch()
+        if result.outcome == "cancelled":
+            raise CancelledError(result.error or "cancelled")
         raise ApplicationError(
             result.error, result.reason, type=result.reason or result.outcome, non_retryable=result.final
         )
