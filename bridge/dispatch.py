@@ -15,7 +15,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from steps import Progress, StepError, StepRequest, StepResult
-from steps._files import HOST, PROGRESS, REQUEST, RESULT, attempt_dir, read_json, read_result, write_once, write_whole
+from steps._files import (
+    CANCEL,
+    HOST,
+    PROGRESS,
+    REQUEST,
+    RESULT,
+    attempt_dir,
+    read_json,
+    read_result,
+    write_once,
+    write_whole,
+)
 from steps._logs import tail
 from steps._process import is_alive, kill_leftovers
 from steps._spawn import Adopted, Child, Spawner
@@ -47,7 +58,7 @@ class WrongNode(Exception):
 
 
 class LocalDispatch:
-    """Runs steps beside the worker, each in a session of its own that outlives it."""
+    """Runs steps beside the worker, each in a session that outlives it and runs nothing else meanwhile."""
 
     def __init__(self) -> None:
         self._spawner = Spawner()
@@ -80,7 +91,7 @@ class LocalDispatch:
             )
         if host["node"] != self._node and read_result(folder) is None:
             raise WrongNode(f"step `{request.step_id}` runs on `{host['node']}`, this worker is on `{self._node}`")
-        return LocalHandle(request, folder, self._spawner, _adopt(host))
+        return LocalHandle(request, folder, self._spawner, self._spawner.find(folder / REQUEST) or _adopt(host))
 
 
 class LocalHandle:
@@ -119,6 +130,12 @@ class LocalHandle:
             return self._conclude("cancelled", "cancelled", "cancelled before it started")
         child = _adopt(read_json(self._folder / HOST))
         if child is not None:
+            (self._folder / CANCEL).touch()
+            if (result := read_result(self._folder)) is not None:
+                child.close()
+                return result
+            # The result is not there, so the process will find the marker and run no other attempt: neither this signal
+            # nor SIGKILL later can meet one. See Host.left_no_trace.
             child.signal(signal.SIGTERM)
             # Graces for callbacks, children, children born since, and its own code: see Host._end_early.
             limit_s = 4 * max(self._request.grace_s, 0.5) + 3
@@ -139,7 +156,8 @@ class LocalHandle:
         if self._child is None:
             return
         try:
-            while True:
+            # The process may live on with another attempt, so its end is not all there is to look for.
+            while not (self._folder / RESULT).exists():
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(PROGRESS_INTERVAL_S):
                         return await self._child.wait()
@@ -148,7 +166,8 @@ class LocalHandle:
                 if host is not None and not is_alive(host):
                     return
         finally:
-            self._child.close()
+            if isinstance(self._child, Adopted):
+                self._child.close()
 
     def _claim_unstarted(self) -> bool:
         """Take the claim that a process on its way has not taken yet, so that it never runs the step."""

@@ -102,9 +102,13 @@ def append_event(folder: Path, event: Event) -> None:
 
     `OSError` when it cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     line = event.model_dump_json(by_alias=True).encode() + b"\n"
-    descriptor = os.open(folder / EVENTS, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
+    try:
+        descriptor = os.open(folder / EVENTS, flags, 0o666)
+    except FileNotFoundError:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / EVENTS, flags, 0o666)
     try:
         size = os.fstat(descriptor).st_size
         # A line torn by a full disk or a crash must not swallow this one.

@@ -8,7 +8,9 @@
 
 A built-in type is a file in this folder, found by its name; other packages add theirs by an entry point in the group
 `sygaldry_ray.steps` whose value is the module. Optional names in a module: `Outputs` (a `Frozen` model that declares
-the names of the outputs) and `code_files(params, plan_dir)` (files whose content is part of the step's cache key).
+the names of the outputs), `code_files(params, plan_dir)` (files whose content is part of the step's cache key) and
+`reusable_process = True` (`run` only starts programs and leaves no trace in its process: no module, thread, setting or
+open file; the process may then run further attempts, which saves most of what a short step costs).
 Heavy imports (ray, torch, docker, huggingface_hub) belong inside `run`: the schema of every type is read by `--help`.
 """
 

@@ -8,9 +8,10 @@ from typing import Any
 
 from steps._request import StepRequest, StepResult
 
-REQUEST, HOST, RESULT, PROGRESS, OUTPUTS = (
+REQUEST, HOST, CANCEL, RESULT, PROGRESS, OUTPUTS = (
     "request.json",
     "host.json",
+    "cancel",
     "result.json",
     "progress.json",
     "outputs.jsonl",

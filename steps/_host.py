@@ -2,8 +2,12 @@
 
     request -> claim host.json -> secrets, environment -> logs captured -> steps.<type>.run -> result.json
 
-The process is either a child forked for this attempt (`isolated`, see `_spawner`) or a Ray actor that lives on. The
-claim makes the attempt run at most once: whoever creates `host.json` runs it, everybody else waits for the result.
+The process is either a forked child that has nothing else to do meanwhile (`isolated`, see `_spawner`) or a Ray actor
+that lives on. The claim makes the attempt run at most once: whoever creates `host.json` runs it, everybody else waits
+for the result.
+
+A forked child may run another attempt when this one `left_no_trace`. Environment, directory, import path, fds 0 to 2
+and the thread's name are as before then, nobody is left to end or interrupt it, and it has held no secret.
 """
 
 import contextlib
@@ -27,7 +31,7 @@ from pydantic import ValidationError
 from steps import _registry
 from steps._contract import Outputs, StepCancelled, StepError, StepFailed, StepTimedOut
 from steps._environment import step_environment
-from steps._files import HOST, OUTPUTS, PROGRESS, RESULT, write_once, write_whole
+from steps._files import CANCEL, HOST, OUTPUTS, PROGRESS, RESULT, write_once, write_whole
 from steps._logs import AttemptLogs, Capture
 from steps._masking import mask_file, mask_text, mask_value
 from steps._process import become_subreaper, descendants, end, end_children, identity, is_alive, kill_leftovers, marked
@@ -67,6 +71,9 @@ class Host:
         self.stuck = False
         """True when `run` did not return in time after a cancel: this process is of no further use."""
         self._isolated = isolated
+        self._reusable = False
+        """True when the step's type leaves no trace in its process."""
+        self._childless = False
         self._logs: AttemptLogs | None = None
         self._capture: Capture | None = None
         self._thread = threading.get_ident()
@@ -99,8 +106,27 @@ class Host:
             if self._ending is not None:
                 self._capture.ring()
             self._run_step()
-            end_children(0 if self._ending is None else self.grace_s)
+            self._childless = end_children(0 if self._ending is None else self.grace_s)
         return self._publish()
+
+    @property
+    def left_no_trace(self) -> bool:
+        """True when this process may run another attempt; asked when `run` has returned.
+
+        The marker of a cancel is looked for after the result was published, and whoever cancels looks for the result
+        after it has left the marker. So either it finds the result and sends no signal, or the marker is found here and
+        the process ends: a signal that is meant for this attempt never meets another.
+        """
+        return (
+            self._reusable
+            and self.result is not None
+            and self.result.exit_code is not None
+            and self._ending is None
+            and self._childless
+            and not self.secrets
+            and threading.active_count() == 1
+            and not os.path.lexists(self.attempt_dir / CANCEL)
+        )
 
     def cancel(self) -> None:
         """End the attempt: outcome `cancelled`. Returns at once; safe from any thread or signal handler."""
@@ -201,6 +227,7 @@ class Host:
                     self._inside = True
                     self.check_cancelled()
                     step_type = _registry.find(self.request.type)
+                    self._reusable = step_type.reusable_process
                     params = _checked(step_type, self.request.params)
                     outputs = step_type.run(params, self) or {}
             except SystemExit as error:
@@ -374,16 +401,22 @@ class Host:
         return self.result
 
 
-def run_isolated(request_file: Path) -> None:
-    """Body of a process that exists for one attempt: runs it, writes `result.json` when all logs are written."""
+def run_isolated(request_file: Path) -> bool:
+    """Run an attempt in a process that is all its own meanwhile; True when the process may run another.
+
+    SIGTERM and SIGINT cancel it. `result.json` is written when all logs are.
+    """
     request = StepRequest.model_validate_json(request_file.read_bytes())
     host = Host(request, request_file.parent, isolated=True)
 
     signal.signal(signal.SIGUSR1, lambda number, frame: host.interrupt())
     signal.signal(signal.SIGTERM, lambda number, frame: host.cancel())
     signal.signal(signal.SIGINT, lambda number, frame: host.cancel())
-    with contextlib.suppress(AlreadyStarted):
+    try:
         host.run()
+    except AlreadyStarted:
+        return False
+    return host.left_no_trace
 
 
 def warm_up() -> None:

@@ -69,13 +69,14 @@ def end(processes: Iterable[psutil.Process], grace_s: float) -> None:
     psutil.wait_procs(alive, timeout=2)
 
 
-def end_children(grace_s: float) -> None:
-    """End every descendant of this process, those that are born meanwhile too."""
+def end_children(grace_s: float) -> bool:
+    """End every descendant of this process, those that are born meanwhile too; True when none is left."""
     for _ in range(20):
         if not _reap():
-            return
+            return True
         end(descendants(os.getpid()), grace_s)
         grace_s = 0
+    return not _reap()
 
 
 def kill_leftovers(step_key: str, *, before_attempt: int = _MOST_ATTEMPTS + 1) -> list[int]:

@@ -44,6 +44,11 @@ class StepType:
         return declared if isinstance(declared, type) and issubclass(declared, Frozen) else None
 
     @property
+    def reusable_process(self) -> bool:
+        """True when `run` leaves no trace in its process, which may then run further attempts."""
+        return getattr(self.module, "reusable_process", False) is True
+
+    @property
     def summary(self) -> str:
         """First line of the module's docstring."""
         return (self.module.__doc__ or "").strip().partition("\n")[0]

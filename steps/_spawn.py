@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ class Spawner:
     def __init__(self) -> None:
         self._process: _Detached | None = None
         self._control: socket.socket | None = None
+        self._children: dict[Path, Child] = {}
 
     @property
     def pid(self) -> int | None:
@@ -40,20 +41,36 @@ class Spawner:
             self._process = _Detached([sys.executable, "-m", "steps._spawner"], theirs.fileno())
         self._control = ours
 
+    def find(self, request_file: Path) -> "Child | None":
+        """The attempt in `request_file`'s folder, None when it was not started here or has ended."""
+        return self._children.get(request_file)
+
     def spawn(self, request_file: Path) -> "Child":
-        """Fork a process for the attempt in `request_file`'s folder. Raises `OSError` when no process can be made."""
+        """Start the attempt in `request_file`'s folder in a forked process, unless it is under way already.
+
+        Raises `OSError` when no process can be made.
+        """
+        if (child := self.find(request_file)) is not None:
+            return child
+        read_end = self._send(request_file)
+        child = Child(read_end, lambda: self._children.pop(request_file, None))
+        self._children[request_file] = child
+        return child
+
+    def _send(self, request_file: Path) -> int:
+        """Give the request to the spawner; our end of the attempt's pipe."""
         for last_try in (False, True):
             if self._process is None or self._control is None or self._process.poll() is not None:
-                self.close()
+                self._let_go()
                 self.start()
             assert self._control is not None
             read_end, write_end = os.pipe()
             try:
                 socket.send_fds(self._control, [os.fsencode(request_file)], [write_end])
-                return Child(read_end)
+                return read_end
             except OSError:
                 os.close(read_end)
-                self.close()
+                self._let_go()
                 if last_try:
                     raise
             finally:
@@ -62,6 +79,11 @@ class Spawner:
 
     def close(self) -> None:
         """Let the spawner go; it stays for the attempts that run, and they stay in any case."""
+        for child in list(self._children.values()):
+            child.close()
+        self._let_go()
+
+    def _let_go(self) -> None:
         if self._control is not None:
             self._control.close()
             self._control = None
@@ -84,10 +106,14 @@ class _Detached(subprocess.Popen[bytes]):
 
 
 class Child:
-    """A forked attempt: `wait` returns when it has written its result, or its process has ended."""
+    """A forked attempt: `wait` returns when it has written its result, or its process has ended.
 
-    def __init__(self, read_end: int) -> None:
+    The process may go on with another attempt, so an attempt that was started here is never watched by its pid.
+    """
+
+    def __init__(self, read_end: int, on_end: Callable[[], object] = lambda: None) -> None:
         self._read_end = read_end
+        self._on_end = on_end
         self._ended = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(read_end, self.close)
@@ -102,10 +128,15 @@ class Child:
             self._loop.remove_reader(self._read_end)
             os.close(self._read_end)
             self._ended.set()
+            self._on_end()
 
 
 class Adopted(Child):
-    """An attempt that somebody else forked, watched by its pid."""
+    """An attempt that somebody else forked, watched by its pid.
+
+    A process whose worker is gone ends with its attempt. One whose worker lives may go on with another: who waits
+    looks for the result now and then too.
+    """
 
     def __init__(self, host: Mapping[str, Any]) -> None:
         """Raises `ProcessLookupError` when the process that claimed the attempt is gone."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from steps import Context, Frozen, Outputs, StepFailed
 
+reusable_process = True
 SCRIPTS = (".bash", ".jl", ".js", ".lua", ".pl", ".py", ".r", ".rb", ".sh", ".ts")
 
 

@@ -2,6 +2,8 @@
 
 from steps import Context, Frozen, Outputs, PlanPath, StepFailed
 
+reusable_process = True
+
 
 class Params(Frozen):
     command: str
