@@ -84,7 +84,7 @@ class LocalDispatch:
                 return LocalHandle(request, folder, self._spawner, None)
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(folder / REQUEST, request.model_dump_json(), mode=0o600)
-            return LocalHandle(request, folder, self._spawner, self._spawner.spawn(folder / REQUEST))
+            return LocalHandle(request, folder, self._spawner, await self._spawner.spawn(folder / REQUEST))
         if host["key"] != request.key:
             raise StepError(
                 f"`{folder}` belongs to `{host['key']}`, wanted it for `{request.key}`\n\nhint: rename one of the steps"
@@ -118,7 +118,7 @@ class LocalHandle:
                     return read_result(self._folder) or await self._lost("the process that ran the step was killed")
             elif self._starts_left:
                 self._starts_left -= 1
-                self._child = self._spawner.spawn(self._folder / REQUEST)
+                self._child = await self._spawner.spawn(self._folder / REQUEST)
             else:
                 return await self._lost(f"no process could start the step in {_MOST_STARTS} tries")
 

@@ -27,6 +27,7 @@ class Spawner:
         self._process: _Detached | None = None
         self._control: socket.socket | None = None
         self._children: dict[Path, Child] = {}
+        self._sending = asyncio.Lock()
 
     @property
     def pid(self) -> int | None:
@@ -36,7 +37,7 @@ class Spawner:
     def start(self) -> None:
         """Start the process now, so that the first step does not wait for it."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours.settimeout(_SEND_LIMIT_S)
+        ours.setblocking(False)
         with theirs:
             self._process = _Detached([sys.executable, "-m", "steps._spawner"], theirs.fileno())
         self._control = ours
@@ -45,19 +46,20 @@ class Spawner:
         """The attempt in `request_file`'s folder, None when it was not started here or has ended."""
         return self._children.get(request_file)
 
-    def spawn(self, request_file: Path) -> "Child":
+    async def spawn(self, request_file: Path) -> "Child":
         """Start the attempt in `request_file`'s folder in a forked process, unless it is under way already.
 
-        Raises `OSError` when no process can be made.
+        Waits for its turn when many are started at once. Raises `OSError` when no process can be made.
         """
-        if (child := self.find(request_file)) is not None:
-            return child
-        read_end = self._send(request_file)
+        async with self._sending:
+            if (child := self.find(request_file)) is not None:
+                return child
+            read_end = await self._send(request_file)
         child = Child(read_end, lambda: self._children.pop(request_file, None))
         self._children[request_file] = child
         return child
 
-    def _send(self, request_file: Path) -> int:
+    async def _send(self, request_file: Path) -> int:
         """Give the request to the spawner; our end of the attempt's pipe."""
         for last_try in (False, True):
             if self._process is None or self._control is None or self._process.poll() is not None:
@@ -66,8 +68,11 @@ class Spawner:
             assert self._control is not None
             read_end, write_end = os.pipe()
             try:
-                socket.send_fds(self._control, [os.fsencode(request_file)], [write_end])
+                await self._send_when_taken(self._control, request_file, write_end)
                 return read_end
+            except asyncio.CancelledError:
+                os.close(read_end)
+                raise
             except OSError:
                 os.close(read_end)
                 self._let_go()
@@ -76,6 +81,16 @@ class Spawner:
             finally:
                 os.close(write_end)
         raise AssertionError
+
+    async def _send_when_taken(self, control: socket.socket, request_file: Path, write_end: int) -> None:
+        """Send as soon as the spawner has room: it takes one request at a time, and the worker has other work."""
+        async with asyncio.timeout(_SEND_LIMIT_S):
+            while True:
+                try:
+                    socket.send_fds(control, [os.fsencode(request_file)], [write_end])
+                    return
+                except BlockingIOError:
+                    await _writable(control)
 
     def close(self) -> None:
         """Let the spawner go; it stays for the attempts that run, and they stay in any case."""
@@ -92,6 +107,15 @@ class Spawner:
             while self._process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.005)
             self._process = None
+
+
+async def _writable(control: socket.socket) -> None:
+    loop, room = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_writer(control, room.set)
+    try:
+        await room.wait()
+    finally:
+        loop.remove_writer(control)
 
 
 class _Detached(subprocess.Popen[bytes]):

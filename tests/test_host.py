@@ -1,7 +1,6 @@
 """How an attempt ends, whatever its code does: in a process of its own, and in a thread of a process that lives on."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -170,16 +169,32 @@ assert before == (dict(os.environ), os.getcwd(), list(sys.path), sys.stdout)
 """
 
 
+ONE_AFTER_ANOTHER = """
+import os, sys
+from pathlib import Path
+from steps import StepRequest
+from steps._host import Host
+open_before = set(os.listdir("/proc/self/fd"))
+for file in map(Path, sys.argv[1:]):
+    request = StepRequest.model_validate_json(file.read_bytes())
+    result = Host(request, file.parent, gpus=["0"], isolated=False, node="here").run()
+    assert (result.outcome, result.node, result.gpus, result.pid) == ("succeeded", "here", ("0",), os.getpid()), result
+assert set(os.listdir("/proc/self/fd")) == open_before
+"""
+
+
 def test_attempts_follow_each_other_in_one_process(code: Any, step_request: Make) -> None:
-    open_before = set(os.listdir("/proc/self/fd"))  # noqa: PTH208
     fields = code("print('hello', context.attempt)\nprint(os.environ.get('HOME'), os.getcwd(), file=sys.stderr)")
-    for number in range(5):
-        request = step_request(f"s{number}", **fields, env={"HOME": f"/home/{number}"})
-        result = Host(request, attempt_dir(request), gpus=["0"], isolated=False, node="here").run()
-        assert (result.outcome, result.node, result.gpus, result.pid) == ("succeeded", "here", ("0",), os.getpid())
+    requests = [step_request(f"s{number}", **fields, env={"HOME": f"/home/{number}"}) for number in range(5)]
+    for request in requests:
+        attempt_dir(request).mkdir(parents=True)
+        (attempt_dir(request) / REQUEST).write_text(request.model_dump_json())
+    # A process of its own: a host that shares its process ends all its children, here those of other tests.
+    files = [str(attempt_dir(request) / REQUEST) for request in requests]
+    subprocess.run([sys.executable, "-c", ONE_AFTER_ANOTHER, *files], check=True, timeout=60)
+    for number, request in enumerate(requests):
         assert log(request) == "hello 1\n"
         assert log(request, "stderr") == f"/home/{number} {request.working_dir}\n"
-    assert set(os.listdir("/proc/self/fd")) == open_before  # noqa: PTH208
 
 
 def test_only_one_of_many_threads_gets_the_claim(step_request: Make, tmp_path: Path) -> None:
