@@ -191,8 +191,9 @@ class Client:
                 run,
                 id=workflow_id,
                 task_queue=self.task_queue,
-                # A worker killed in the middle of a decision costs this long; a large plan takes longer to decide.
-                task_timeout=timedelta(seconds=1.5 + len(run.plan.steps) // 500),
+                # A worker killed in the middle of a decision costs this long; a large plan takes longer to decide,
+                # and on a busy machine a time that is too short would be over again and again.
+                task_timeout=timedelta(seconds=min(10.0, 1.5 + len(run.plan.steps) / 50)),
                 id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
                 memo={"plan": run.plan.name},
                 static_summary=f"{run.plan.name}: {len(run.plan.steps)} steps",

@@ -73,7 +73,9 @@ class Runs:
         """The report so far, with the ends of the logs; of a run that goes on only the steps that have an outcome."""
         run_id = run_id or await self.newest(workflow_id)
         if await self.is_running(workflow_id, run_id):
+            now = time.time()
             report = await self._ask_report(workflow_id, run_id)
+            report = report.model_copy(update={"finished_at": now, "duration_s": now - report.started_at})
         else:
             report = await self.wait(workflow_id, run_id)
         return await asyncio.to_thread(with_tails, report)

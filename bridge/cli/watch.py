@@ -130,7 +130,8 @@ def watch(connection: Connection, workflow_id: str, run_id: str, output: Output)
         finally:
             view.close()
     if not watched.ended:
-        view.note(f"the run goes on; pick it up with: orchestrate attach {visible(workflow_id)}")
+        doing = "the run goes on" if cancel_wanted else "the run is being cancelled"
+        view.note(f"{doing}; pick it up with: orchestrate attach {visible(workflow_id)}")
         return INTERRUPTED
     return output.conclude(connection.call("report", workflow_id=workflow_id, run_id=run_id))
 
@@ -140,5 +141,5 @@ def cancel(connection: Connection, workflow_id: str, run_id: str) -> None:
     try:
         connection.call("cancel", workflow_id=workflow_id, run_id=run_id)
     except CallError as error:
-        if error.kind != "RunNotFound":
+        if error.kind not in ("RunNotFound", "RunConflict"):
             raise
