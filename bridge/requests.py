@@ -3,12 +3,17 @@
 from pathlib import PurePosixPath
 from typing import Any
 
+from pydantic import ByteSize, TypeAdapter, ValidationError
+
 from bridge.calls import RunInput, StepCall
 from bridge.expressions import render, render_params, to_text
 from bridge.plan import DEFAULT_TIMEOUT_S, Cache, Resources
+from bridge.problems import brief
 from bridge.schedule import Instance, Scope
-from steps import StepRequest
+from steps import StepError, StepRequest
 from steps._registry import find
+
+_BYTES = TypeAdapter(ByteSize)
 
 
 def run_scope(run: RunInput, workflow_id: str) -> Scope:
@@ -55,7 +60,22 @@ def _resources(resources: Resources | None, scope: Scope) -> Resources | None:
     if resources is None:
         return None
     rendered = Resources.model_validate(render(resources.model_dump(exclude_defaults=True), scope))
+    for name, amount in {"cpus": rendered.cpus, "gpus": rendered.gpus, **rendered.custom}.items():
+        if amount is not None and not _is_amount(amount):
+            raise StepError(f"`{name}` of `resources` is {brief(amount)}, wanted a number of at least 0")
+    try:
+        _BYTES.validate_python(rendered.memory or 0)
+    except ValidationError:
+        wanted = "wanted bytes or a text like `8GiB`"
+        raise StepError(f"`memory` of `resources` is {brief(rendered.memory)}, {wanted}") from None
     return rendered if rendered != Resources() else None
+
+
+def _is_amount(amount: object) -> bool:
+    try:
+        return 0 <= float(str(amount)) < float("inf")
+    except ValueError:
+        return False
 
 
 def _cache(cache: bool | Cache | None, scope: Scope) -> Cache | None:

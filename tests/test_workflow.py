@@ -15,7 +15,7 @@ from bridge.activities import Activities
 from bridge.cache import StepCache
 from bridge.client import Client, RunConflict, RunNotFound
 from bridge.dispatch import LocalDispatch
-from bridge.plan import Plan, Step
+from bridge.plan import Param, Plan, Step
 from bridge.reader import read_plan_text
 from bridge.records import events_of, run_dir
 from bridge.report import RunReport
@@ -131,6 +131,23 @@ async def test_retry_keeps_the_logs_of_every_attempt_and_stops_at_what_it_is_not
     assert [(logs / f"attempt-{n}" / "stdout.log").read_text() for n in (1, 2, 3)] == ["try 1\n", "try 2\n", "try 3\n"]
     assert len(steps["other"].attempts) == 1
     assert [attempt.outcome for attempt in steps["slow"].attempts] == ["timed_out", "timed_out"]
+
+
+@pytest.mark.parametrize(
+    ("resources", "said"),
+    [
+        ({"cpus": "${{ params.amount }}"}, "`cpus` of `resources` is `many`, wanted a number"),
+        ({"memory": "${{ params.amount }}"}, "`memory` of `resources` is `many`, wanted bytes"),
+        ({"custom": {"slot": "${{ -1 }}"}}, "`slot` of `resources` is `-1`, wanted a number of at least 0"),
+    ],
+)
+async def test_resources_that_turn_out_wrong_fail_the_step_at_once(
+    client: Client, tmp_path: Path, resources: dict[str, Any], said: str
+) -> None:
+    plan = Plan(params={"amount": Param(default="many")}, steps=[shell("a", "true", resources=resources)])
+    report = await client.run(plan, plan_dir=tmp_path, log_dir=tmp_path / "logs")
+    assert (report.outcome, len(report.steps[0].attempts)) == ("failed", 1)
+    assert said in report.steps[0].error
 
 
 async def test_a_watcher_sees_the_next_attempt_and_why_there_is_one(client: Client, tmp_path: Path) -> None:
