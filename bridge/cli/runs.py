@@ -1,6 +1,7 @@
 """`orchestrate runs`, `show`, `attach`, `cancel`, `retry` and `explain`: runs that were started before."""
 
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -165,7 +166,9 @@ def _step_of(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _value(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    """A value for people: of a hash its beginning is enough to see that it changed."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", text)
 
 
 COMMANDS = (runs, show, attach, cancel_run, retry, explain)
