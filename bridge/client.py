@@ -193,7 +193,7 @@ class Client:
                 task_queue=self.task_queue,
                 # A worker killed in the middle of a decision costs this long; a large plan takes longer to decide,
                 # and on a busy machine a time that is too short would be over again and again.
-                task_timeout=timedelta(seconds=min(10.0, 1.5 + len(run.plan.steps) / 50)),
+                task_timeout=timedelta(seconds=min(10.0, 2 + len(run.plan.steps) / 100)),
                 id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
                 memo={"plan": run.plan.name},
                 static_summary=f"{run.plan.name}: {len(run.plan.steps)} steps",

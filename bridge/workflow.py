@@ -35,6 +35,8 @@ MOST_STARTED_AT_ONCE = 100
 """Steps started in one go: one that takes 2 s counts as a deadlock, and machines can be busy."""
 MOST_BEGUN_AT_ONCE = 32
 """Steps begun as local activities at a time; while one runs, Temporal holds back what else happens to the run."""
+BEGUN_BETWEEN_RESTS = 100
+"""Steps begun as local activities before the run attends to what was held back."""
 _FOREVER = timedelta(days=365)
 _UNTIL_ATTACHED = RetryPolicy(
     initial_interval=timedelta(milliseconds=100), backoff_coefficient=1.5, maximum_interval=timedelta(seconds=2)
@@ -56,6 +58,8 @@ class PlanWorkflow:
         self._attempts = {instance: list(ended) for instance, ended in run.attempts.items()}
         self._places = asyncio.Semaphore(MOST_BEGUN_AT_ONCE)
         self._slow: set[str] = set()
+        self._num_begun = 0
+        self._resting: asyncio.Task[None] | None = None
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._records: list[asyncio.Task[Any]] = []
         self._wake = asyncio.Event()
@@ -248,6 +252,7 @@ class PlanWorkflow:
     async def _begin_step(self, call: StepCall) -> StepResult | None:
         """The result of a step that ends soon; None for one that goes on, or could not be begun this way."""
         async with self._places:
+            await self._rest_now_and_then()
             try:
                 begun: StepResult | None = await workflow.execute_local_activity(
                     "begin_step",
@@ -259,6 +264,18 @@ class PlanWorkflow:
                 return begun
             except ActivityError as error:
                 return await self._scheduled("end_step", call) if is_cancelled_exception(error) else None
+
+    async def _rest_now_and_then(self) -> None:
+        """Hold back local activities for one scheduled one: only then does Temporal pass on cancels and questions."""
+        self._num_begun += 1
+        if self._resting is None and self._num_begun % BEGUN_BETWEEN_RESTS == 0:
+            self._resting = asyncio.create_task(self._rest())
+        if self._resting is not None:
+            await asyncio.shield(self._resting)
+
+    async def _rest(self) -> None:
+        await workflow.execute_activity("rest", start_to_close_timeout=timedelta(seconds=2))
+        self._resting = None
 
     def _cancel_running(self) -> None:
         for task in self._tasks.values():

@@ -315,7 +315,7 @@ async def test_a_long_run_goes_on_in_new_executions_and_keeps_its_running_steps(
     make_temporal_server: Callable[..., str], tmp_path: Path, local: bool
 ) -> None:
     # Steps that begin as local activities leave a sixth of the events, and those only every second.
-    most_events, pause_s = (15, 0.1) if local else (60, 0)
+    most_events, pause_s = (15, 0.3) if local else (60, 0)
     address = make_temporal_server(f"limit.historyCount.suggestContinueAsNew={most_events}")
     async with open_client(address, tmp_path, local=local) as client:
         steps = [
