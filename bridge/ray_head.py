@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from bridge.state import State, StateError, private_dir, write_private
-from steps._secrets import SECRETS_DIR_VARIABLE
 
 HOST = "127.0.0.2"
 PORT_NAMES = (
@@ -74,6 +73,9 @@ def environment(state: State, ports: dict[str, int]) -> dict[str, str]:
     count the dashboard among the processes whose crash ends every step. (It logs `Failed to start the dashboard`.)
     Steps run at normal priority, as those beside the worker do: at Ray's own (nice 15) they starve on a busy machine.
     """
+    # Here, because it brings pydantic, and the supervisor starts in a moment without.
+    from steps._secrets import SECRETS_DIR_VARIABLE
+
     return {
         **client_environment(state),
         "RAY_START_HOOK": "bridge.ray_head.without_client_server",

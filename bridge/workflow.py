@@ -59,6 +59,8 @@ class PlanWorkflow:
         self._places = asyncio.Semaphore(MOST_BEGUN_AT_ONCE)
         self._slow: set[str] = set()
         self._num_begun = 0
+        self._num_beginning = 0
+        self._is_leaving = False
         self._resting: asyncio.Task[None] | None = None
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._records: list[asyncio.Task[Any]] = []
@@ -253,6 +255,8 @@ class PlanWorkflow:
         """The result of a step that ends soon; None for one that goes on, or could not be begun this way."""
         async with self._places:
             await self._rest_now_and_then()
+            await workflow.wait_condition(lambda: not self._is_leaving)
+            self._num_beginning += 1
             try:
                 begun: StepResult | None = await workflow.execute_local_activity(
                     "begin_step",
@@ -264,6 +268,8 @@ class PlanWorkflow:
                 return begun
             except ActivityError as error:
                 return await self._scheduled("end_step", call) if is_cancelled_exception(error) else None
+            finally:
+                self._num_beginning -= 1
 
     async def _rest_now_and_then(self) -> None:
         """Hold back local activities for one scheduled one: only then does Temporal pass on cancels and questions."""
@@ -299,6 +305,9 @@ class PlanWorkflow:
         )
 
     async def _continue_as_new(self) -> None:
+        """Leave when no local activity runs: its end must be recorded before ours. Scheduled ones are found again."""
+        self._is_leaving = True
+        await workflow.wait_condition(lambda: not self._num_beginning)
         await asyncio.gather(*self._records)
         workflow.continue_as_new(
             self._run.model_copy(

@@ -353,6 +353,7 @@ def make_temporal_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
         yield start
     finally:
         for process in processes:
+            assert process.poll() is None, "the server has ended before the tests"
             os.killpg(process.pid, signal.SIGKILL)
             process.wait(30)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from steps._process import STEP_KEY_VARIABLE, descendants, end, end_children, identity, is_alive, kill_leftovers, marked
+from steps._process import STEP_KEY_VARIABLE, descendants, end, identity, is_alive, kill_leftovers, marked
 
 
 @pytest.fixture
@@ -151,6 +151,5 @@ def test_signalling_a_process_that_is_gone_is_harmless() -> None:
     found = psutil.Process(process.pid)
     process.wait()
     end([found], 0)
-    end_children(0)
     with pytest.raises(ProcessLookupError):
         os.kill(process.pid, signal.SIGTERM)

@@ -100,7 +100,8 @@ async def test_an_idle_process_keeps_no_file_thread_or_name_of_its_attempts(run_
     assert pid == await same_process(run_locally, "second")
     assert sorted(open_files(pid)) == before
     process = psutil.Process(pid)
-    assert process.num_threads() == 1 and not process.name().startswith("step-")
+    await until(lambda: process.num_threads() == 1, "the end of the threads of the attempt")
+    assert not process.name().startswith("step-")
     assert process.cwd() == "/"
 
 

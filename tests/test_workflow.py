@@ -329,7 +329,7 @@ async def test_a_long_run_goes_on_in_new_executions_and_keeps_its_running_steps(
         )
         report = await client.wait(run.workflow_id, run.run_id)
         executions = [one async for one in client.temporal.list_workflows(f'WorkflowId="{run.workflow_id}"')]
-    assert len(executions) > 2
+    assert len(executions) > 1
     assert report.outcome == "succeeded"
     assert report.run_id == run.run_id
     assert len(report.steps) == 42
