@@ -255,7 +255,8 @@ class PlanWorkflow:
         """The result of a step that ends soon; None for one that goes on, or could not be begun this way."""
         async with self._places:
             await self._rest_now_and_then()
-            await workflow.wait_condition(lambda: not self._is_leaving)
+            if self._is_leaving:
+                await workflow.wait_condition(lambda: not self._is_leaving)
             self._num_beginning += 1
             try:
                 begun: StepResult | None = await workflow.execute_local_activity(
