@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import temporalio
 from temporalio.client import WorkflowHistory
 from temporalio.worker import Replayer, UnsandboxedWorkflowRunner
 
@@ -94,7 +95,8 @@ async def record(folder: Path) -> None:
                 await client.cancel(run.workflow_id)
             await client.wait(run.workflow_id, run.run_id)
         history = await client.temporal.get_workflow_handle(run.workflow_id).fetch_history()
-        (folder / f"{name}.json").write_text(history.to_json() + "\n")
+        site_packages = f"{Path(temporalio.__file__).parents[1]}/"
+        (folder / f"{name}.json").write_text(history.to_json().replace(site_packages, "") + "\n")
 
 
 if __name__ == "__main__":
