@@ -8,12 +8,13 @@ the two metrics ports, which show counters to whoever asks.
 import contextlib
 import os
 import shutil
+import signal
 import stat
 import sys
 from pathlib import Path
 from typing import Any
 
-from bridge.state import State, StateError, private_dir, write_private
+from bridge.state import MARKER, State, StateError, private_dir, write_private
 
 HOST = "127.0.0.2"
 PORT_NAMES = (
@@ -32,6 +33,8 @@ START_ONLY = ("RAY_START_HOOK", "RAY_DASHBOARD_STARTUP_TIMEOUT_S")
 
 KEPT_SESSIONS = 2
 """Session folders of earlier Rays that are kept for their logs."""
+
+_START_HOOK = "bridge.ray_head.without_client_server"
 
 
 def address(ports: dict[str, int]) -> str:
@@ -78,7 +81,7 @@ def environment(state: State, ports: dict[str, int]) -> dict[str, str]:
 
     return {
         **client_environment(state),
-        "RAY_START_HOOK": "bridge.ray_head.without_client_server",
+        "RAY_START_HOOK": _START_HOOK,
         "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "0",
         "DASHBOARD_METRIC_PORT": str(ports["dashboard_metrics_port"]),
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -151,3 +154,14 @@ def make_dashboard_yield(ray_pid: int) -> bool:
                     os.setpriority(os.PRIO_PROCESS, int(pid), 19)
                     return True
     return False
+
+
+def kill_leftovers(state: State) -> None:
+    """Kill what a Ray that has ended left running: it carries our marker and the priority only Ray is given."""
+    wanted = {f"{MARKER}={state.dir}".encode(), b"RAY_worker_niceness=0"}
+    for entry in os.listdir("/proc"):  # noqa: PTH208 - names are enough
+        if not entry.isdigit():
+            continue
+        with contextlib.suppress(OSError):
+            if wanted <= set(Path("/proc", entry, "environ").read_bytes().split(b"\0")):
+                os.kill(int(entry), signal.SIGKILL)

@@ -127,6 +127,8 @@ class Supervisor:
         """Start it again, at once or a little later; a Ray that never came up is not tried again unasked."""
         if child is self._ray:
             was_usable, self._ray_usable = self._ray_usable, False
+            # An actor outlives its raylet for a while: it must not go on while its step is tried again.
+            ray_head.kill_leftovers(self._state)
             if not was_usable:
                 self._ray_failed("Ray ended while it started")
                 if child.crashes == 0:

@@ -34,7 +34,9 @@ def worker(address: str | None, namespace: str | None, task_queue: str, drain_ti
         asyncio.run(serve(state, address, namespace=namespace, task_queue=task_queue, drain_s=drain_timeout))
     except RuntimeError as error:
         click.echo(f"error: no Temporal server answers: {error}\n\nhint: `--address HOST:PORT`", err=True)
-        sys.exit(3)
+        sys.stderr.flush()
+        # The SDK's own threads still run, and can crash an interpreter that is being taken down.
+        os._exit(3)
 
 
 COMMANDS = (worker,)
