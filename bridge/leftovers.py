@@ -25,7 +25,7 @@ class Leftover:
 
 def find(state: State) -> list[psutil.Process]:
     """Living processes that carry our marker, and all their descendants; never this process or its ancestors."""
-    needle = f"{MARKER}={state.dir}".encode()
+    marker = {_marker(state)}
     own = {os.getpid(), *(process.pid for process in psutil.Process().parents())}
     living: dict[int, psutil.Process] = {}
     children: dict[int, list[int]] = {}
@@ -34,7 +34,7 @@ def find(state: State) -> list[psutil.Process]:
         if process.info["status"] != psutil.STATUS_ZOMBIE:
             living[process.pid] = process
             children.setdefault(process.info["ppid"], []).append(process.pid)
-            if _carries(process.pid, needle):
+            if _carries(process.pid, marker):
                 found.append(process.pid)
     family: set[int] = set()
     while found:
@@ -81,9 +81,22 @@ def end_services(state: State, adopted: set[int]) -> None:
     psutil.wait_procs(killed, timeout=2.0)
 
 
-def _carries(pid: int, needle: bytes) -> bool:
+def kill_carrying(state: State, variable: str) -> None:
+    """Kill the processes that carry our marker and also `variable`, a `NAME=value` of their environment."""
+    wanted = {_marker(state), variable.encode()}
+    for pid in psutil.pids():
+        if _carries(pid, wanted):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _marker(state: State) -> bytes:
+    return f"{MARKER}={state.dir}".encode()
+
+
+def _carries(pid: int, variables: set[bytes]) -> bool:
     with contextlib.suppress(OSError):
-        return needle in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        return variables <= set(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
     return False
 
 

@@ -8,13 +8,13 @@ the two metrics ports, which show counters to whoever asks.
 import contextlib
 import os
 import shutil
-import signal
 import stat
 import sys
 from pathlib import Path
 from typing import Any
 
-from bridge.state import MARKER, State, StateError, private_dir, write_private
+from bridge import leftovers
+from bridge.state import State, StateError, private_dir, write_private
 
 HOST = "127.0.0.2"
 PORT_NAMES = (
@@ -158,10 +158,4 @@ def make_dashboard_yield(ray_pid: int) -> bool:
 
 def kill_leftovers(state: State) -> None:
     """Kill what a Ray that has ended left running: it carries our marker and the priority only Ray is given."""
-    wanted = {f"{MARKER}={state.dir}".encode(), b"RAY_worker_niceness=0"}
-    for entry in os.listdir("/proc"):  # noqa: PTH208 - names are enough
-        if not entry.isdigit():
-            continue
-        with contextlib.suppress(OSError):
-            if wanted <= set(Path("/proc", entry, "environ").read_bytes().split(b"\0")):
-                os.kill(int(entry), signal.SIGKILL)
+    leftovers.kill_carrying(state, "RAY_worker_niceness=0")

@@ -33,6 +33,7 @@ _MOST_TRIES = 3
 _MOST_IDLE = 8
 _MOST_ATTEMPTS = 1000
 """Of one child, so that nothing can pile up in it for ever."""
+_MOST_SWEEPS = 20
 _QUIET_MS = 10_000
 """After so long without an event, one idle child is enough."""
 _IDLE = b"idle"
@@ -152,9 +153,12 @@ class _Spawner:
                 self._kill_orphans()
 
     def _kill_orphans(self) -> None:
-        for child in psutil.Process().children():
-            if child.pid not in self._children:
-                end([child, *descendants(child.pid)], 0)
+        # Until there is none: the worker kills too, and the child of a parent that has just ended is ours only now.
+        for _ in range(_MOST_SWEEPS):
+            orphans = [child for child in psutil.Process().children() if child.pid not in self._children]
+            if not orphans:
+                return
+            end([process for child in orphans for process in (child, *descendants(child.pid))], 0)
 
 
 class _Child(NamedTuple):

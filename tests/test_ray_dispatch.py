@@ -111,8 +111,8 @@ class Bench:
         return await asyncio.wait_for(handle.wait(), 120)
 
     def driver(self) -> psutil.Process:
-        children = psutil.Process().children()
-        return next(child for child in children if str(self.head.port) in " ".join(child.cmdline()))
+        living = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+        return next(child for child in living if str(self.head.port) in " ".join(child.cmdline()))
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
