@@ -15,12 +15,14 @@ from temporalio.common import RetryPolicy
 from temporalio.exceptions import ActivityError, ApplicationError, is_cancelled_exception
 from temporalio.workflow import ActivityCancellationType
 
+from bridge.beginnings import Beginnings
 from bridge.calls import Begin, Begun, Finish, Record, RunInput, StepCall
 from bridge.expressions import ExpressionError, render
 from bridge.order import dependencies
 from bridge.plan import Retry
 from bridge.report import AttemptReport, RunProgress, RunReport, StepReport, StepState, state_of, step_report
 from bridge.requests import run_scope, step_call
+from bridge.retries import pause_s, tries_again
 from bridge.schedule import Instance, Schedule
 from steps import StepError, StepResult
 from steps._request import Outcome
@@ -29,14 +31,8 @@ SHORTEST_HEARTBEAT_TIMEOUT_S = 1.5
 """A killed worker is noticed after this time, when there is little to do; see `_heartbeat_timeout`."""
 LONGEST_HISTORY = 8_000
 """Events after which the run goes on in a new execution; Temporal's own limit is 51,200."""
-MOST_INFRASTRUCTURE_ATTEMPTS = 3
-"""Attempts lost to a dead actor, node or process, whatever the plan's own `retry` says."""
 MOST_STARTED_AT_ONCE = 100
 """Steps started in one go: one that takes 2 s counts as a deadlock, and machines can be busy."""
-MOST_BEGUN_AT_ONCE = 32
-"""Steps begun as local activities at a time; while one runs, Temporal holds back what else happens to the run."""
-BEGUN_BETWEEN_RESTS = 100
-"""Steps begun as local activities before the run attends to what was held back."""
 _FOREVER = timedelta(days=365)
 _UNTIL_ATTACHED = RetryPolicy(
     initial_interval=timedelta(milliseconds=100), backoff_coefficient=1.5, maximum_interval=timedelta(seconds=2)
@@ -56,12 +52,8 @@ class PlanWorkflow:
         self._cached: dict[str, StepReport] = {}
         self._looked_up: set[str] = set()
         self._attempts = {instance: list(ended) for instance, ended in run.attempts.items()}
-        self._places = asyncio.Semaphore(MOST_BEGUN_AT_ONCE)
+        self._beginnings = Beginnings()
         self._slow: set[str] = set()
-        self._num_begun = 0
-        self._num_beginning = 0
-        self._is_leaving = False
-        self._resting: asyncio.Task[None] | None = None
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._records: list[asyncio.Task[Any]] = []
         self._wake = asyncio.Event()
@@ -196,11 +188,11 @@ class PlanWorkflow:
             if result.reason == "cached":
                 return self._step_report(instance, result, [])
             ended.append(_attempt_report(number, result))
-            if not _tries_again(step.retry or Retry(), result, ended):
+            if not tries_again(step.retry or Retry(), result, ended):
                 return self._step_report(instance, result, ended)
             self._show_running(instance, number + 1, result.error)
             try:
-                await asyncio.sleep(_pause_s(step.retry or Retry(), ended))
+                await asyncio.sleep(pause_s(step.retry or Retry(), ended))
             except asyncio.CancelledError:
                 return self._step_report(instance, result.model_copy(update={"outcome": "cancelled"}), ended)
 
@@ -253,36 +245,10 @@ class PlanWorkflow:
 
     async def _begin_step(self, call: StepCall) -> StepResult | None:
         """The result of a step that ends soon; None for one that goes on, or could not be begun this way."""
-        async with self._places:
-            await self._rest_now_and_then()
-            if self._is_leaving:
-                await workflow.wait_condition(lambda: not self._is_leaving)
-            self._num_beginning += 1
-            try:
-                begun: StepResult | None = await workflow.execute_local_activity(
-                    "begin_step",
-                    call,
-                    result_type=StepResult,
-                    start_to_close_timeout=timedelta(seconds=60),
-                    retry_policy=RetryPolicy(maximum_attempts=1),
-                )
-                return begun
-            except ActivityError as error:
-                return await self._scheduled("end_step", call) if is_cancelled_exception(error) else None
-            finally:
-                self._num_beginning -= 1
-
-    async def _rest_now_and_then(self) -> None:
-        """Hold back local activities for one scheduled one: only then does Temporal pass on cancels and questions."""
-        self._num_begun += 1
-        if self._resting is None and self._num_begun % BEGUN_BETWEEN_RESTS == 0:
-            self._resting = asyncio.create_task(self._rest())
-        if self._resting is not None:
-            await asyncio.shield(self._resting)
-
-    async def _rest(self) -> None:
-        await workflow.execute_activity("rest", start_to_close_timeout=timedelta(seconds=2))
-        self._resting = None
+        try:
+            return await self._beginnings.begin(call)
+        except ActivityError as error:
+            return await self._scheduled("end_step", call) if is_cancelled_exception(error) else None
 
     def _cancel_running(self) -> None:
         for task in self._tasks.values():
@@ -307,8 +273,7 @@ class PlanWorkflow:
 
     async def _continue_as_new(self) -> None:
         """Leave when no local activity runs: its end must be recorded before ours. Scheduled ones are found again."""
-        self._is_leaving = True
-        await workflow.wait_condition(lambda: not self._num_beginning)
+        await self._beginnings.stop()
         await asyncio.gather(*self._records)
         workflow.continue_as_new(
             self._run.model_copy(
@@ -352,28 +317,6 @@ class PlanWorkflow:
     def _show_state(self, state: StepState) -> None:
         self._sequence += 1
         self._states[state.id] = (self._sequence, state)
-
-
-def _tries_again(retry: Retry, result: StepResult, ended: list[AttemptReport]) -> bool:
-    if result.outcome in ("succeeded", "cancelled") or result.final:
-        return False
-    if result.reason == "infrastructure":
-        lost = sum(attempt.reason == "infrastructure" for attempt in ended)
-        return lost < MOST_INFRASTRUCTURE_ATTEMPTS or (
-            "infrastructure" in (retry.on or []) and lost < retry.max_attempts
-        )
-    if sum(attempt.reason != "infrastructure" for attempt in ended) >= retry.max_attempts:
-        return False
-    if retry.on is None:
-        return True
-    return ("timeout" in retry.on) if result.outcome == "timed_out" else (result.exit_code in retry.on)
-
-
-def _pause_s(retry: Retry, ended: list[AttemptReport]) -> float:
-    if ended[-1].reason == "infrastructure":
-        return 0.0
-    failures = sum(attempt.reason != "infrastructure" for attempt in ended)
-    return min(retry.max_backoff_s, retry.backoff_s * 2.0 ** min(failures - 1, 30))
 
 
 def _attempt_report(number: int, result: StepResult) -> AttemptReport:
