@@ -24,8 +24,16 @@ if TYPE_CHECKING:
     from docker.models.containers import Container
 
 DEFAULT_IMAGE = "sygaldry/zephyr:base"
+"""The standard image; it is built, never pulled."""
 SECRETS_IN_CONTAINER = "/run/sygaldry/secrets"
 OUTPUTS_IN_CONTAINER = "/run/sygaldry/outputs.jsonl"
+PORTABLE_NAMES = (
+    "TERM", "LANG", "LC_ALL", "TZ", "BAZEL_VERSION", "HF_ENDPOINT", "HF_HUB_OFFLINE",
+    "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy",
+)  # fmt: skip
+"""Of the host's environment, what means the same inside a container."""
+SECRET_NAMES = ("HF_TOKEN",)
+"""Of the host's environment, what a container gets as a secret."""
 _MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?", re.IGNORECASE)
 _FACTORS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
@@ -58,18 +66,26 @@ class Job:
     gpu: bool = False
     gpus: Sequence[str] = ()
     """Ids of the GPUs to give; with `gpu` and no ids, all."""
+    gpu_count: int = 0
+    """With `gpu` and no ids, how many to give; 0 is all."""
     memory: str = ""
     """Limit such as `8GiB`; none by default."""
     cpus: float = 0
     """Limit in cores; 0 is none."""
     network: str = "host"
+    ports: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    """Port of the container, such as `80/tcp`, and the address and port of the host where it is reached."""
     outputs: Path | None = None
     """Host file that the job sees as `$STEP_OUTPUTS`."""
+    container_name: str = ""
+    """Name of the container, when it should have another than the key's."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """In addition to those that every job has."""
 
     @property
     def name(self) -> str:
         """Name of the container: the same for the same key."""
-        return f"orchestrate-{hashlib.sha256(self.key.encode()).hexdigest()[:20]}"
+        return self.container_name or f"orchestrate-{hashlib.sha256(self.key.encode()).hexdigest()[:20]}"
 
     @property
     def step_key(self) -> str:
@@ -98,7 +114,7 @@ def attach_or_start(client: "DockerClient", job: Job, say: Callable[[str], None]
         return found
     options = run_options(job, client.info(), _image_id(client, job.image, say))
     if job.secrets:
-        _write_secrets(_secrets_file(job.name), job.secrets)
+        write_secrets(secrets_file(job.name), job.secrets)
     created = client.containers.create(**options)
     try:
         created.start()
@@ -122,7 +138,7 @@ def remove(client: "DockerClient", name: str) -> None:
         if error.status_code != 409:
             raise
     finally:
-        _secrets_file(name).unlink(missing_ok=True)
+        secrets_file(name).unlink(missing_ok=True)
 
 
 def run_options(job: Job, engine: Mapping[str, Any], image_id: str) -> dict[str, Any]:
@@ -150,7 +166,7 @@ def run_options(job: Job, engine: Mapping[str, Any], image_id: str) -> dict[str,
         env["STEP_OUTPUTS"] = OUTPUTS_IN_CONTAINER
         mounts[OUTPUTS_IN_CONTAINER] = Mount(str(job.outputs), OUTPUTS_IN_CONTAINER)
     if job.secrets:
-        mounts[SECRETS_IN_CONTAINER] = Mount(str(_secrets_file(job.name)), SECRETS_IN_CONTAINER, read_only=True)
+        mounts[SECRETS_IN_CONTAINER] = Mount(str(secrets_file(job.name)), SECRETS_IN_CONTAINER, read_only=True)
     return {
         "image": image_id,
         "name": job.name,
@@ -162,6 +178,7 @@ def run_options(job: Job, engine: Mapping[str, Any], image_id: str) -> dict[str,
             "orchestrate.step_key": job.step_key,
             "orchestrate.attempt": job.key.rpartition("/")[2],
             "orchestrate.project_id": job.project_id,
+            **job.labels,
         },
         "mounts": [
             BindMount(each.container, each.host, type="bind", read_only=each.read_only) for each in mounts.values()
@@ -171,6 +188,7 @@ def run_options(job: Job, engine: Mapping[str, Any], image_id: str) -> dict[str,
         "working_dir": WORKSPACE,
         "init": True,
         "network_mode": job.network or "host",
+        "ports": dict(job.ports),
         "ipc_mode": "host",
         "device_requests": _gpu_requests(job, engine),
         "mem_limit": _bytes(job.memory),
@@ -186,10 +204,12 @@ def _gpu_requests(job: Job, engine: Mapping[str, Any]) -> list[Any]:
     if not job.gpu and not job.gpus:
         return []
     if "nvidia" in (engine.get("Runtimes") or {}):
-        chosen = {"device_ids": list(job.gpus)} if job.gpus else {"count": -1}
+        chosen = {"device_ids": list(job.gpus)} if job.gpus else {"count": job.gpu_count or -1}
         return [DeviceRequest(driver="nvidia", capabilities=[["gpu"]], **chosen)]
     if any(str(device.get("ID", "")).startswith("nvidia.com/gpu") for device in engine.get("DiscoveredDevices") or []):
-        ids = [f"nvidia.com/gpu={gpu}" for gpu in job.gpus or ["all"]]
+        # By CDI there is no count, only names.
+        names = job.gpus or ([str(index) for index in range(job.gpu_count)] or ["all"])
+        ids = [f"nvidia.com/gpu={name}" for name in names]
         return [DeviceRequest(driver="cdi", device_ids=ids)]
     raise LaunchError(
         "the job asks for a GPU, but this Docker Engine has no NVIDIA runtime\n\n"
@@ -223,14 +243,15 @@ def _bytes(text: str) -> int | None:
     return int(float(found[1]) * _FACTORS[found[2].lower()])
 
 
-def _secrets_file(name: str) -> Path:
-    """In memory where the machine has a place for that, so that no disk keeps the values."""
+def secrets_file(name: str) -> Path:
+    """Where this machine keeps the secrets of a container: in memory if it can, so that no disk keeps the values."""
     folders = [os.environ.get("XDG_RUNTIME_DIR", ""), "/dev/shm", "/tmp"]
     folder = next(each for each in folders if each and os.access(each, os.W_OK | os.X_OK))
     return Path(folder) / f"{name}-{os.getuid()}.secrets"
 
 
-def _write_secrets(path: Path, secrets: Mapping[str, str]) -> None:
+def write_secrets(path: Path, secrets: Mapping[str, str]) -> None:
+    """Write the file that an entrypoint reads them from, for this user only. Raises `LaunchError`."""
     for name in secrets:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise LaunchError(f"`{name}` holds a secret and is not a name that a shell takes for a variable")

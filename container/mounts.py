@@ -4,6 +4,7 @@
 workspace            -> /workspace                   /etc/passwd, /etc/group -> the same, read-only
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -37,6 +38,15 @@ def container_root(env: Mapping[str, str], project_id: str) -> Path:
         return Path(env["SYGALDRY_CONTAINER_ROOT"])
     state = env.get("XDG_STATE_HOME") or str(Path(env.get("HOME") or Path.home()) / ".local" / "state")
     return Path(state) / "sygaldry" / project_id
+
+
+def project_id(named: str, workspace: Path) -> str:
+    """The project: as it is named, else after the workspace's folder. Raises `ValueError`; it becomes a folder."""
+    if named and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", named):
+        raise ValueError(
+            f"project_id `{named}` is not a plain name\n\nhint: letters, digits, `.`, `_` and `-`; it names a folder"
+        )
+    return named or re.sub(r"[^A-Za-z0-9._-]+", "-", workspace.resolve().name).lstrip(".-_") or "default"
 
 
 def standard_mounts(root: Path, workspace: Path) -> list[Mount]:

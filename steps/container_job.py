@@ -17,14 +17,8 @@ if TYPE_CHECKING:
 
     from container.launch import Job
 
-_PORTABLE = (
-    "TERM", "LANG", "LC_ALL", "TZ", "BAZEL_VERSION", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_TOKEN",
-    "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy",
-)  # fmt: skip
-"""Of the node's environment, what means the same inside a container."""
 _OF_THE_NODE = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH")
 """Declared for programs beside the worker; a container has its own. The block's `env` may set them."""
-_SECRET_NAMES = ("HF_TOKEN",)
 
 
 def _is_mount(value: str) -> str:
@@ -149,15 +143,15 @@ def _wait(container: "Container", context: Context) -> int:
 
 def _job(params: Params, context: Context) -> "Job":
     from container.launch import DEFAULT_IMAGE, Job
-    from container.mounts import container_root, parse_mounts
+    from container.mounts import container_root, parse_mounts, project_id
     from steps._environment import OUTPUTS_VARIABLE
 
     workspace = context.plan_dir / params.workspace if params.workspace else context.working_dir
     if not workspace.is_dir():
         raise StepError(f"workspace `{workspace}` is not a folder")
-    project_id = _project_id(params, context, workspace)
     env, secrets = _environment(params, context)
     try:
+        project = project_id(params.project_id or context.env.get("SYGALDRY_PROJECT_ID", ""), workspace)
         mounts = parse_mounts(params.mounts, context.plan_dir)
     except ValueError as error:
         raise StepError(str(error)) from error
@@ -165,8 +159,8 @@ def _job(params: Params, context: Context) -> "Job":
     return Job(
         key=context.key,
         command=["bash", "-c", params.command],
-        project_id=project_id,
-        root=container_root(context.env, project_id),
+        project_id=project,
+        root=container_root(context.env, project),
         workspace=workspace,
         image=params.image or context.env.get("SYGALDRY_IMAGE") or DEFAULT_IMAGE,
         entrypoint=params.entrypoint,
@@ -184,9 +178,10 @@ def _job(params: Params, context: Context) -> "Job":
 
 def _environment(params: Params, context: Context) -> tuple[dict[str, str], dict[str, str]]:
     """Environment of the job: what the engine may keep in its records, and what it may not."""
+    from container.launch import PORTABLE_NAMES, SECRET_NAMES
     from steps._process import STEP_KEY_VARIABLE
 
-    names = (*_PORTABLE, "STEP_ID", "STEP_ATTEMPT", STEP_KEY_VARIABLE)
+    names = (*PORTABLE_NAMES, *SECRET_NAMES, "STEP_ID", "STEP_ATTEMPT", STEP_KEY_VARIABLE)
     node = {name: context.env[name] for name in names if name in context.env}
     declared = {name: value for name, value in context.declared_env.items() if name not in _OF_THE_NODE}
     whole = {**node, **declared, **params.env}
@@ -194,18 +189,9 @@ def _environment(params: Params, context: Context) -> tuple[dict[str, str], dict
     secret = {
         name: value
         for name, value in whole.items()
-        if name in _SECRET_NAMES or any(hidden in value for hidden in values)
+        if name in SECRET_NAMES or any(hidden in value for hidden in values)
     }
     return {name: value for name, value in whole.items() if name not in secret}, secret
-
-
-def _project_id(params: Params, context: Context, workspace: Path) -> str:
-    named = params.project_id or context.env.get("SYGALDRY_PROJECT_ID", "")
-    if named and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", named):
-        raise StepError(
-            f"project_id `{named}` is not a plain name\n\nhint: letters, digits, `.`, `_` and `-`; it names a folder"
-        )
-    return named or re.sub(r"[^A-Za-z0-9._-]+", "-", workspace.resolve().name).lstrip(".-_") or "default"
 
 
 def _run_launcher(params: Params, context: Context) -> StepOutputs:
