@@ -1,0 +1,146 @@
+"""Removes containers, and their files, whose owner is gone: the process that started them and should end with them.
+
+owner starts a container labelled `orchestrate.owner=<owner()>`, its files in `private_folder(name)`
+watch(pids, name)   a small process beside the owner: removes both when one of the pids ends
+reap()              removes all that no living owner claims; for whoever comes by, when even the watch was killed
+"""
+
+import contextlib
+import os
+import select
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from container.engine_socket import EngineError, EngineSocket
+
+OWNER_LABEL = "orchestrate.owner"
+_OWNER_FILE = "owner"
+_PREFIX = "orchestrate-private"
+_TRIES = 30
+_PAUSE_S = 2.0
+_RUNNER = "import sys; sys.path[:1] = [sys.argv.pop(1)]; from container.reaper import main; main()"
+
+
+def owner(pid: int | None = None) -> str:
+    """Value of the label: names a process for ever, by default this one."""
+    pid = pid or os.getpid()
+    return "_".join((_boot(), _pid_space(), str(pid), str(_start_ticks(pid))))
+
+
+def is_gone(owner: str) -> bool:
+    """True when the process is known to be gone; of one in another pid namespace or on another machine nothing is."""
+    if owner.count("_") != 3:
+        return False
+    boot, space, pid, ticks = owner.split("_")
+    return (boot, space) == (_boot(), _pid_space()) and str(_start_ticks(int(pid))) != ticks
+
+
+def private_folder(name: str) -> Path:
+    """Where the files of container `name` lie that others must not read; in memory where the machine can."""
+    return _private_root() / f"{_PREFIX}-{os.getuid()}-{name}"
+
+
+def make_private_folder(name: str) -> Path:
+    """Make it, owned by this process."""
+    folder = private_folder(name)
+    folder.mkdir(mode=0o700)
+    (folder / _OWNER_FILE).write_text(owner())
+    return folder
+
+
+def reap(env: Mapping[str, str]) -> list[str]:
+    """Remove what no living owner claims; the names of the containers. Nothing happens where no engine answers."""
+    removed = []
+    with contextlib.suppress(EngineError):
+        engine = EngineSocket(env)
+        for each in engine.list_with_label(OWNER_LABEL):
+            claim, name = each["Labels"][OWNER_LABEL], each["Names"][0].removeprefix("/")
+            if is_gone(claim) or (each["State"] in ("exited", "dead") and _is_of_another_boot(claim)):
+                engine.remove(name)
+                removed.append(name)
+    for folder in _private_root().glob(f"{_PREFIX}-{os.getuid()}-*"):
+        with contextlib.suppress(OSError, ValueError):
+            if is_gone((folder / _OWNER_FILE).read_text()):
+                shutil.rmtree(folder, ignore_errors=True)
+    return removed
+
+
+def start_watch(pids: Sequence[int], name: str, env: Mapping[str, str]) -> None:
+    """Start the process that removes container `name` and its files when one of `pids` has ended.
+
+    In a session of its own and with nothing of the caller's environment, so that what ends the caller spares it.
+    """
+    root = str(Path(__file__).parent.parent)
+    argv = [sys.executable, "-SEc", _RUNNER, root, name, *(f"{pid}:{_start_ticks(pid)}" for pid in pids)]
+    own = {key: env[key] for key in ("DOCKER_HOST", "PATH", "XDG_RUNTIME_DIR", "TMPDIR") if key in env}
+    null = os.open(os.devnull, os.O_RDWR)
+    try:
+        actions = [(os.POSIX_SPAWN_DUP2, null, descriptor) for descriptor in range(3)]
+        os.posix_spawn(sys.executable, argv, own, file_actions=actions, setsid=True)
+    finally:
+        os.close(null)
+
+
+def main() -> None:
+    """The process of `start_watch`."""
+    os.chdir("/")
+    name, *watched = sys.argv[1:]
+    poller = select.poll()
+    for text in watched:
+        pid, _, ticks = text.partition(":")
+        try:
+            descriptor = os.pidfd_open(int(pid))
+        except ProcessLookupError:
+            break
+        if str(_start_ticks(int(pid))) != ticks:
+            break
+        poller.register(descriptor, select.POLLIN)
+    else:
+        poller.poll()
+    remove(name, os.environ)
+    # A container whose making was under way when the owner died appears a moment later.
+    time.sleep(_PAUSE_S)
+    reap(os.environ)
+
+
+def remove(name: str, env: Mapping[str, str]) -> None:
+    """Remove a container and its files; an engine that does not answer is asked again for a minute."""
+    shutil.rmtree(private_folder(name), ignore_errors=True)
+    for _ in range(_TRIES):
+        try:
+            EngineSocket(env).remove(name)
+        except EngineError:
+            time.sleep(_PAUSE_S)
+        else:
+            return
+
+
+def _private_root() -> Path:
+    folders = [os.environ.get("XDG_RUNTIME_DIR", ""), "/dev/shm", tempfile.gettempdir()]
+    return Path(next(each for each in folders if each and os.access(each, os.W_OK | os.X_OK)))
+
+
+def _boot() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _is_of_another_boot(owner: str) -> bool:
+    return owner.partition("_")[0] != _boot()
+
+
+def _pid_space() -> str:
+    """The pid namespace in which our pids have their meaning."""
+    return str(Path("/proc/self/ns/pid").readlink()).partition("[")[2].rstrip("]")
+
+
+def _start_ticks(pid: int) -> int | None:
+    """Clock ticks from boot to the start of the process; None when it does not run (a zombie does not)."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in (b"Z", b"X") else int(fields[19])
