@@ -190,7 +190,7 @@ def run_options(job: Job, engine: Mapping[str, Any], image_id: str) -> dict[str,
         "network_mode": job.network or "host",
         "ports": dict(job.ports),
         "ipc_mode": "host",
-        "device_requests": _gpu_requests(job, engine),
+        "device_requests": gpu_requests(engine, job.gpus, job.gpu_count) if job.gpu or job.gpus else [],
         "mem_limit": _bytes(job.memory),
         "nano_cpus": round(job.cpus * 1e9) or None,
         # The log is read back from the engine, so it must be of a kind that can be.
@@ -198,17 +198,18 @@ def run_options(job: Job, engine: Mapping[str, Any], image_id: str) -> dict[str,
     }
 
 
-def _gpu_requests(job: Job, engine: Mapping[str, Any]) -> list[Any]:
+def gpu_requests(engine: Mapping[str, Any], ids: Sequence[str] = (), count: int = 0) -> list[Any]:
+    """How to ask the engine (its `info`) for these GPUs, or `count`, or all: as docker's `DeviceRequest`s, which are
+    also the engine's own JSON. Raises `LaunchError` when it cannot give any.
+    """
     from docker.types import DeviceRequest
 
-    if not job.gpu and not job.gpus:
-        return []
     if "nvidia" in (engine.get("Runtimes") or {}):
-        chosen = {"device_ids": list(job.gpus)} if job.gpus else {"count": job.gpu_count or -1}
+        chosen = {"device_ids": list(ids)} if ids else {"count": count or -1}
         return [DeviceRequest(driver="nvidia", capabilities=[["gpu"]], **chosen)]
     if any(str(device.get("ID", "")).startswith("nvidia.com/gpu") for device in engine.get("DiscoveredDevices") or []):
         # By CDI there is no count, only names.
-        names = job.gpus or ([str(index) for index in range(job.gpu_count)] or ["all"])
+        names = ids or ([str(index) for index in range(count)] or ["all"])
         ids = [f"nvidia.com/gpu={name}" for name in names]
         return [DeviceRequest(driver="cdi", device_ids=ids)]
     raise LaunchError(
