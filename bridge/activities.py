@@ -20,6 +20,7 @@ from temporalio.client import WorkflowExecutionStatus
 from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError
 
+from bridge import job_keeper
 from bridge.cache import StepCache
 from bridge.cache_key import digest
 from bridge.calls import Begin, Begun, Finish, Record, StepCall
@@ -90,7 +91,8 @@ class Activities:
                 return found
         if is_new:
             self._append_step(request, "step_started" if request.attempt == 1 else "step_retry", message=request.type)
-        result = await attend(lambda: self._attach(call))
+        async with job_keeper.kept(request):
+            result = await attend(lambda: self._attach(call))
         self._write_finished(request, result)
         if call.cache is not None:
             await asyncio.to_thread(keep, call, fields, result, self._cache)
@@ -137,6 +139,7 @@ class Activities:
             duration_s=report.duration_s,
             message=report.outcome,
         )
+        await job_keeper.conclude(finish)
 
     @activity.defn(name="rest")
     async def rest(self) -> None:

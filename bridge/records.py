@@ -102,20 +102,24 @@ def append_event(folder: Path, event: Event) -> None:
 
     `OSError` when it cannot be written.
     """
-    line = event.model_dump_json(by_alias=True).encode() + b"\n"
-    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
+    line = event.model_dump_json(by_alias=True).encode()
     try:
-        descriptor = os.open(folder / EVENTS, flags, 0o666)
+        append_line(folder / EVENTS, line)
     except FileNotFoundError:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / EVENTS, flags, 0o666)
+        append_line(folder / EVENTS, line)
+
+
+def append_line(path: Path, line: bytes) -> None:
+    """Add one line to a file of lines, in one write. `OSError` when it cannot be written whole."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
         size = os.fstat(descriptor).st_size
         # A line torn by a full disk or a crash must not swallow this one.
-        if size and os.pread(descriptor, 1, size - 1) != b"\n":
-            line = b"\n" + line
-        if os.write(descriptor, line) != len(line):
-            raise OSError(f"`{folder / EVENTS}`: the event was written in part only")
+        begin = b"\n" if size and os.pread(descriptor, 1, size - 1) != b"\n" else b""
+        data = begin + line + b"\n"
+        if os.write(descriptor, data) != len(data):
+            raise OSError(f"`{path}`: a line was written in part only")
     finally:
         os.close(descriptor)
 

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import click
 
@@ -78,7 +78,7 @@ def logs(
             records = follow(output, lines, is_over)
         else:
             records = iter(output.read() if lines is None else deque(output.read(), maxlen=lines))
-        _print_records(records, as_json, bool(step_id), bool(attempt))
+        print_records(records, as_json, bool(step_id), bool(attempt))
     except KeyboardInterrupt:
         return INTERRUPTED
     return 0
@@ -149,12 +149,18 @@ def _log_elsewhere(folder: Path, step_id: str) -> str:
     return next((step["stdout_path"] for step in steps if step["id"] == step_id), "")
 
 
-def _print_records(records: Iterator[dict[str, Any]], as_json: bool, one_step: bool, one_attempt: bool) -> None:
+def print_records(
+    records: Iterator[dict[str, Any]],
+    as_json: bool,
+    one_step: bool,
+    one_attempt: bool,
+    stream: TextIO | None = None,
+) -> None:
     """A line per record; which step and attempt it is of stands before it where that is not clear."""
     open_line: tuple[str, int] | None = None
     for record in records:
         if as_json:
-            print(safe_json(json.dumps(record, ensure_ascii=False)), flush=True)
+            print(safe_json(json.dumps(record, ensure_ascii=False)), file=stream, flush=True)
             continue
         step_id, attempt = str(record.get("stepId", "")), int(record.get("attempt", 1))
         key = (f"{step_id}/{record.get('stream')}", attempt)
@@ -162,14 +168,14 @@ def _print_records(records: Iterator[dict[str, Any]], as_json: bool, one_step: b
         label = f"{prefix}#{attempt}" if attempt > 1 and not one_attempt else prefix
         # A record that is the beginning of a longer line is continued by the next one of its stream.
         if open_line is not None and open_line != key:
-            print()
+            print(file=stream)
         if open_line != key and label:
-            print(f"{visible(label)} | ", end="")
+            print(f"{visible(label)} | ", end="", file=stream)
         is_partial = bool(record.get("partial"))
-        print(visible(record["message"]), end="" if is_partial else "\n", flush=True)
+        print(visible(record["message"]), end="" if is_partial else "\n", file=stream, flush=True)
         open_line = key if is_partial else None
     if open_line is not None:
-        print()
+        print(file=stream)
 
 
 def _old_verb(verb: str, log_dir: Path | None, workflow_id: str | None, run_id: str | None, as_json: bool) -> None:

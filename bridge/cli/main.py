@@ -18,6 +18,7 @@ GROUPS = {
     "bridge.cli.runs": ("runs", "show", "attach", "cancel", "retry", "explain"),
     "bridge.cli.logs": ("logs",),
     "bridge.cli.plan": ("validate", "graph", "schema", "steps"),
+    "bridge.cli.job": ("job",),
     "bridge.cli.services": ("up", "down", "status"),
     "bridge.cli.worker": ("worker",),
     "bridge.cli.secret": ("secret", "key"),

@@ -40,7 +40,13 @@ def json_option(command: Function) -> Function:
 @contextmanager
 def connected(service: dict[str, Any]) -> Iterator[Connection]:
     """A connection for the values of `service_options`; what goes wrong with it becomes a `Failure`."""
-    connection = connect(service["address"], service["namespace"], service["task_queue"])
+    with explained(connect(service["address"], service["namespace"], service["task_queue"])) as connection:
+        yield connection
+
+
+@contextmanager
+def explained(connection: Connection) -> Iterator[Connection]:
+    """A connection that is closed at the end; what goes wrong with it becomes a `Failure`."""
     try:
         yield connection
     except CallError as error:

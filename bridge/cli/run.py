@@ -105,10 +105,13 @@ def follow(connection: Connection, started: dict[str, Any], output: Output, deta
     return 0
 
 
-def submit(connection: Connection, request: dict[str, Any]) -> dict[str, Any]:
-    """Start the plan once, whatever becomes of the connection meanwhile."""
-    given_id = request["workflow_id"]
-    request = {**request, "workflow_id": given_id or new_workflow_id(Path(request["path"]).stem)}
+def submit(connection: Connection, request: dict[str, Any], *, is_new_id: bool = False) -> dict[str, Any]:
+    """Start the plan once, whatever becomes of the connection meanwhile.
+
+    `is_new_id`: the workflow id that the request brings was made for it, so that no other run has it.
+    """
+    given_id = None if is_new_id else request["workflow_id"]
+    request = {**request, "workflow_id": request["workflow_id"] or new_workflow_id(Path(request["path"]).stem)}
     was_lost = False
     while True:
         try:
