@@ -8,13 +8,14 @@ _HASH_LENGTH = 16
 
 
 def image_label(name: str, content_hash: str) -> str:
-    """`<name>@<hash>` in the characters that a Ray label may hold: `sygaldry.zephyr.base-0123456789abcdef`.
+    """`<name>@<hash>` in the characters that a Ray label may hold: `sygaldry.zephyr-0123456789abcdef`.
 
-    `content_hash` is hexadecimal, with or without `sha256:`. The hash tells images apart; the name, of which
-    characters may be replaced and the beginning cut, is for people. Raises `ValueError`.
+    `content_hash` is hexadecimal, with or without `sha256:`. The hash tells images apart; the name is for people: its
+    tag, which may move, is left out, characters may be replaced and its beginning cut. Raises `ValueError`.
     """
     digest = content_hash.removeprefix("sha256:")[:_HASH_LENGTH]
     if not re.fullmatch(rf"[0-9a-f]{{{_HASH_LENGTH}}}", digest):
         raise ValueError(f"content hash: got `{content_hash}`, wanted at least {_HASH_LENGTH} hexadecimal digits")
-    words = re.sub(r"[^A-Za-z0-9_.-]+", ".", name)[-(_LONGEST - _HASH_LENGTH - 1) :].strip("._-")
+    repository = re.sub(r"@.*|:[^/]*$", "", name)
+    words = re.sub(r"[^A-Za-z0-9_.-]+", ".", repository)[-(_LONGEST - _HASH_LENGTH - 1) :].strip("._-")
     return f"{words}-{digest}" if words else digest

@@ -265,6 +265,17 @@ def base_image(docker_engine: Any, tmp_path_factory: pytest.TempPathFactory) -> 
     return name
 
 
+@pytest.fixture(scope="session")
+def ray_image(docker_engine: Any, base_image: str) -> str:
+    """Our own image, target `slim` without Spack, on the minimal Debian: a Ray node can start in it."""
+    from container.image import ImageSpec, ensure
+
+    spec = ImageSpec(name="sygaldry-test/ray:slim", base=base_image, target="slim", spack="")
+    built = ensure(docker_engine, spec, print, timeout_s=280)
+    # By content, so that test sessions of different checkouts do not meet.
+    return f"sygaldry-test/ray:{built.content_hash[:16]}"
+
+
 class Registry:
     """A registry on loopback that wants the login `pusher:let-me-in`."""
 
