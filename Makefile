@@ -9,6 +9,10 @@ PYTHON ?= python3
 empty :=
 comma := ,
 export UV_FIND_LINKS ?= $(subst $(empty) $(empty),$(comma),$(strip $(PIP_FIND_LINKS)))
+# Without wheel folders, torch comes from PyTorch's index for CPUs: UV_TORCH_BACKEND=auto (or cu130, ...) for GPUs.
+ifeq ($(UV_FIND_LINKS),)
+export UV_TORCH_BACKEND ?= cpu
+endif
 # An activated environment is not the one to install into.
 unexport VIRTUAL_ENV
 

@@ -18,8 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from steps import StepCancelled
+
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 
 class RecordingContext:
