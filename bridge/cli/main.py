@@ -22,6 +22,7 @@ GROUPS = {
     "bridge.cli.services": ("up", "down", "status"),
     "bridge.cli.worker": ("worker",),
     "bridge.cli.secret": ("secret", "key"),
+    "bridge.cli.container": ("container",),
 }
 """Module -> the commands in its `COMMANDS`, in the order of `--help`."""
 

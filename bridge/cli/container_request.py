@@ -1,0 +1,173 @@
+"""What a person asked a container to be, put together with what this machine has: `Request.job`."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bridge.cli.container_engine import engine, say
+from bridge.cli.failure import Failure
+from container import reaper
+from container.foreground import new_name
+from container.gpu_choice import choose, parse_gpus
+from container.image_spec import DEFAULT_NAME, ImageError, ImageSpec
+from container.launch import PORTABLE_NAMES, SECRET_NAMES, Job
+from container.machine import ThisMachine
+from container.mounts import container_root, parse_mounts, project_id
+
+if TYPE_CHECKING:
+    from docker import DockerClient
+
+_OF_INSTALLERS = (
+    "UV_DEFAULT_INDEX", "UV_INDEX", "UV_INDEX_URL", "UV_EXTRA_INDEX_URL", "UV_NO_INDEX", "UV_INDEX_STRATEGY",
+    "UV_OFFLINE", "UV_HTTP_TIMEOUT", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL",
+)  # fmt: skip
+"""Where packages come from, for the verbs that install some."""
+_PORT = re.compile(
+    r"(?:(?:(?P<address>[0-9.]+|\[[0-9a-fA-F:]+\]):)?(?P<host>\d+):)?(?P<port>\d+)(?:/(?P<kind>tcp|udp))?"
+)
+_CREDENTIALS = re.compile(r"://[^/\s]*@")
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options of a launch, as they were given."""
+
+    entrypoint: str
+    command: Sequence[str]
+    of_project: bool
+    image: str | None
+    project_id: str | None
+    workspace: Path
+    environment: str | None
+    gpus: str | None
+    memory: str
+    cpus: float | None
+    mounts: Sequence[str]
+    ports: Sequence[str]
+    env: Sequence[str]
+    secrets: Sequence[str]
+    network: str | None
+    name: str | None
+
+    def job(self, env: Mapping[str, str], *, may_change: bool) -> tuple[Job, Mapping[str, Any]]:
+        """The job, and the engine's `info`. The image is built or pulled when it is missing and `may_change`.
+
+        Raises `Failure`, with the exit code it deserves.
+        """
+        try:
+            project = project_id(self.project_id or env.get("SYGALDRY_PROJECT_ID", ""), self.workspace)
+            mounts = parse_mounts(self.mounts, Path.cwd())
+            asked = parse_gpus(self.gpus) if self.gpus else None
+        except ValueError as error:
+            raise Failure(str(error)) from error
+        ports = dict(_port(text) for text in self.ports)
+        if ports and self.network == "host":
+            raise Failure("`--port` with `--network host`: on the host's network every port is the host's own")
+        variables, secrets = self._environment(env)
+        with engine() as client:
+            info = client.info()
+            if may_change:
+                reaper.reap(env)
+            image, image_env = _image(client, self.image or env.get("SYGALDRY_IMAGE") or DEFAULT_NAME, may_change)
+            choice = choose(asked, env, info, ThisMachine(), image_env, lambda text: say(f"warning: {text}"))
+        job = Job(
+            key=f"foreground/{project}/{os.urandom(4).hex()}/1",
+            command=self.command,
+            project_id=project,
+            root=container_root(env, project),
+            workspace=self.workspace,
+            image=image,
+            entrypoint=self.entrypoint,
+            env=variables,
+            secrets=secrets,
+            mounts=mounts,
+            gpu=choice.gpu,
+            gpus=choice.ids,
+            gpu_count=choice.count,
+            memory=self.memory,
+            cpus=self.cpus or 0,
+            network=self.network or ("bridge" if ports else "host"),
+            ports=ports,
+            container_name=self.name or new_name(project, self.entrypoint),
+        )
+        return job, info
+
+    def _environment(self, env: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+        """What the container's environment gets in the open, and what by file."""
+        names = [*PORTABLE_NAMES, *SECRET_NAMES, *(_OF_INSTALLERS if self.of_project else ())]
+        whole = {name: env[name] for name in names if name in env}
+        for text in self.env:
+            name, given, value = text.partition("=")
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+                raise Failure(f"variable `{name}` is not a name\n\nhint: `--env NAME=VALUE`, or `--env NAME`")
+            if not given and name not in env:
+                raise Failure(f"variable `{name}` is not set here", f"set it, or give a value: `--env {name}=VALUE`")
+            whole[name] = value if given else env[name]
+        if self.environment:
+            whole["SYGALDRY_SPACK_ENVIRONMENT"] = self.environment
+        hidden = _secrets(self.secrets)
+        whole.update(hidden)
+        secret = {
+            name: value
+            for name, value in whole.items()
+            if name in hidden or name in SECRET_NAMES or _CREDENTIALS.search(value)
+        }
+        return {name: value for name, value in whole.items() if name not in secret}, secret
+
+
+def _secrets(names: Sequence[str]) -> dict[str, str]:
+    if not names:
+        return {}
+    from bridge.state import State
+    from steps import StepError
+    from steps._secrets import SECRETS_DIR_VARIABLE, resolve_secrets
+
+    os.environ.setdefault(SECRETS_DIR_VARIABLE, str(State.from_environment().secrets_dir))
+    try:
+        return resolve_secrets(names, "")
+    except StepError as error:
+        what = str(error).partition("\n")[0]
+        raise Failure(what, "`orchestrate secret set NAME`, or set the variable here") from error
+
+
+def _port(text: str) -> tuple[str, tuple[str, int]]:
+    found = _PORT.fullmatch(text)
+    if found is None or not all(0 < int(number) < 65536 for number in (found["port"], found["host"] or "1")):
+        raise Failure(f"port is `{text}`, wanted `8080`, `8080:80` or `ADDRESS:8080:80`")
+    return f"{found['port']}/{found['kind'] or 'tcp'}", (
+        found["address"] or "127.0.0.1",
+        int(found["host"] or found["port"]),
+    )
+
+
+def _image(client: "DockerClient", name: str, may_change: bool) -> tuple[str, Sequence[str]]:
+    """Name of an image that is here, and its environment."""
+    from docker.errors import APIError, ImageNotFound
+
+    from container.image import ensure
+
+    if name == DEFAULT_NAME and may_change:
+        try:
+            name = ensure(client, ImageSpec(), say).names[0]
+        except ImageError as error:
+            if not client.images.list(name):
+                raise
+            say(f"warning: `{name}` is used as it is, it cannot be brought up to date: {error}")
+    try:
+        found = client.images.get(name)
+    except ImageNotFound:
+        if not may_change:
+            say(f"hint: `{name}` is not on this machine; a launch gets it first")
+            return name, ()
+        say(f"image `{name}` is not on this machine; pulling it")
+        try:
+            found = client.images.pull(name)
+        except APIError as error:
+            raise Failure(
+                f"image `{name}` is not on this machine and cannot be pulled: {error.explanation or error}",
+                "`orchestrate container build --tag NAME` builds one, `orchestrate container images` lists ours",
+            ) from error
+    return name, found.attrs["Config"].get("Env") or []
