@@ -389,14 +389,18 @@ class RayHead:
             self.port = free.getsockname()[1]
         self.address = f"127.0.0.1:{self.port}"
 
-    def start(self) -> None:
-        """Start it; it listens at the same address every time."""
+    def start(self, *options: str, **env: str) -> None:
+        """Start it, with further options and variables; it listens at the same address every time."""
         argv = [str(Path(sys.executable).with_name("ray")), "start", "--head", f"--port={self.port}"]
         argv += ["--num-cpus=4", '--resources={"slot": 2}', "--labels=zone=here", "--include-dashboard=false"]
         argv += [f"--temp-dir={self.folder}", "--disable-usage-stats", "--object-store-memory=100000000"]
         own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token_file), "STABLE": self.secret}
         done = subprocess.run(
-            argv, env={**os.environ, **own, "TMPDIR": str(self.folder)}, capture_output=True, text=True, timeout=120
+            [*argv, *options],
+            env={**os.environ, **own, "TMPDIR": str(self.folder), **env},
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
         assert done.returncode == 0, done.stdout + done.stderr
 
