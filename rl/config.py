@@ -1,0 +1,93 @@
+"""What a training run is, as data. Light: imports no torch, ray, monarch or vllm."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from rl.loss_settings import LossSettings
+from rl.rollout import RolloutSettings
+from rl.types import Frozen, Task
+
+StackName = Literal["local", "ray", "monarch", "hybrid"]
+EngineName = Literal["vllm", "hf"]
+TransportName = Literal["shared_memory", "ray_objects", "monarch_rdma", "file"]
+
+
+class EngineConfig(Frozen):
+    """What samples."""
+
+    name: EngineName = "vllm"
+    kv_policy: Literal["keep", "recompute"] = "keep"
+    """What running requests do with keys and values of older weights."""
+    max_model_tokens: Annotated[int, Field(ge=16)] = 2048
+    """The longest conversation the engine takes."""
+    cache_gb: Annotated[float, Field(gt=0)] = 1.0
+    """Memory for keys and values."""
+    num_threads: Annotated[int, Field(ge=1)] = 1
+    parity_limit: Annotated[float, Field(gt=0)] = 1e-4
+    """Largest difference of log-probabilities, in nats, between trainer and engine after a change of weights (fp32)."""
+
+
+class LearnerConfig(Frozen):
+    """What learns."""
+
+    loss: LossSettings = LossSettings()
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    warmup_updates: Annotated[int, Field(ge=0)] = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_gradient_norm: Annotated[float, Field(gt=0)] = 1.0
+    micro_batch_tokens: Annotated[int, Field(ge=16)] = 8192
+    """Padded tokens of one forward pass."""
+    num_processes: Annotated[int, Field(ge=1)] = 1
+    """Data-parallel processes."""
+    num_threads: Annotated[int, Field(ge=1)] = 1
+    fully_sharded: bool = False
+    """FSDP2, for models that one process cannot hold."""
+
+
+class RunConfig(Frozen):
+    """One training run."""
+
+    stack: StackName = "local"
+    model: str = "tiny"
+    """`tiny`, `smollm2`, a folder, or an id of the Hugging Face hub."""
+    tasks: Annotated[list[Task], Field(min_length=1)] = [Task(name="simple")]
+    updates: Annotated[int, Field(ge=1)] = 100
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    groups_per_update: Annotated[int, Field(ge=1)] = 8
+    group_size: Annotated[int, Field(ge=1)] = 8
+    max_staleness: Annotated[int, Field(ge=0)] = 2
+    """Versions that the weights may advance while a group is sampled and waits; 0 is synchronous."""
+    stale_policy: Literal["pace", "drop"] = "pace"
+    """Wait before a group would become too stale, or sample ahead and drop what did."""
+    filter_zero_variance: bool = True
+    """Leave out groups whose rewards are all equal, and sample others in their place."""
+    rollout: RolloutSettings = RolloutSettings()
+
+    engine: EngineConfig = EngineConfig()
+    learner: LearnerConfig = LearnerConfig()
+    num_generators: Annotated[int, Field(ge=1)] = 1
+    groups_in_flight: Annotated[int, Field(ge=1)] = 8
+    """Most groups that one generator samples at a time."""
+    transport: TransportName | None = None
+    """How weights travel; by default what suits the stack."""
+    generator_gpus: Annotated[float, Field(ge=0)] = 0
+    trainer_gpus: Annotated[float, Field(ge=0)] = 0
+
+    checkpoint_every: Annotated[int, Field(ge=1)] = 20
+    """Updates between checkpoints."""
+    evaluate_every: Annotated[int, Field(ge=0)] = 0
+    """Updates between evaluations on held-out prompts; 0 evaluates at the end alone."""
+    evaluation_prompts: Annotated[int, Field(ge=1)] = 100
+    stuck_after_s: Annotated[float, Field(gt=0)] = 300.0
+    """A phase that takes longer is reported by the watchdog, with the stacks of the processes concerned."""
+
+    @model_validator(mode="after")
+    def _lengths_agree(self) -> Self:
+        if self.rollout.max_tokens > self.engine.max_model_tokens:
+            raise ValueError(
+                f"`rollout.max_tokens` is {self.rollout.max_tokens}, more than the {self.engine.max_model_tokens} "
+                "of `engine.max_model_tokens`"
+            )
+        return self
