@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 from bridge.cache_database import CacheDatabase
 from bridge.file_hash import FileHasher
-from bridge.file_patterns import matching
 from steps import StepError, StepResult
+from steps._file_patterns import matching
 
 log = logging.getLogger(__name__)
 _USED_AGAIN_S = 86_400.0

@@ -17,10 +17,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from bridge.file_hash import FileHasher, text_hash
-from bridge.file_patterns import matching
 from bridge.local_imports import with_local_imports
 from bridge.plan import Cache
 from steps import StepError, StepRequest
+from steps._file_patterns import matching
 from steps._registry import StepType, find
 
 FORMAT = 1

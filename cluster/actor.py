@@ -19,9 +19,11 @@ from cluster import orphans
 from cluster.attempt_folder import Cursor, Poll, attempts_root, read_beyond, sweep, within
 from cluster.plan_modules import PlanModules
 from cluster.shape import ResourceShape
+from container.worker import FOLDER_VARIABLE, REFUSED_VARIABLE, UP
 from steps import Frozen, StepRequest
 from steps._files import RESULT
 from steps._host import Host
+from steps._kept import Kept
 
 _TICK_S = 0.05
 """How often a waiting poll looks for new log bytes and progress."""
@@ -36,7 +38,11 @@ class ActorState(Frozen):
     """Ray's id of the node."""
     folder: str
     """Where the actor keeps its attempts, on that node."""
+    address: str
+    """Address of the node for the other nodes."""
     pid: int
+    refused: str = ""
+    """Why it is not in its image; such an actor runs nothing."""
     key: str = ""
     """Key of the attempt that runs, or has ended and is not released."""
     running: bool = False
@@ -47,10 +53,10 @@ class ActorState(Frozen):
 class _Attempt:
     """One attempt in this actor."""
 
-    def __init__(self, request: StepRequest, folder: Path, gpus: list[str]) -> None:
+    def __init__(self, request: StepRequest, folder: Path, gpus: list[str], kept: Kept | None) -> None:
         self.request = request
         self.folder = folder
-        self.host = Host(request, folder, gpus=gpus, isolated=False)
+        self.host = Host(request, folder, gpus=gpus, isolated=False, kept=kept)
         self.thread_left = asyncio.Event()
         self.contact_at = time.monotonic()
 
@@ -66,12 +72,18 @@ class StepActor:
     def __init__(self, name: str, shape: ResourceShape) -> None:
         self._name = name
         self._shape = shape
-        self._folder = attempts_root() / name
-        self._folder.mkdir(mode=0o700)
-        sweep(self._folder.parent)
-        orphans.start(self._folder)
+        if own := os.environ.get(FOLDER_VARIABLE):
+            # In a container of its own, whose end ends all in it.
+            self._folder = Path(own)
+            (self._folder / UP).touch()
+        else:
+            self._folder = attempts_root() / name
+            self._folder.mkdir(mode=0o700, exist_ok=REFUSED_VARIABLE in os.environ)
+            sweep(self._folder.parent)
+            orphans.start(self._folder)
         os.register_at_fork(after_in_child=_end_on_sigterm)
         self._modules = PlanModules()
+        self._kept = Kept(orphans.kept_key(name)) if shape.actor else None
         self._attempt: _Attempt | None = None
         self._known_keys: set[str] = set()
         self._node = socket.gethostname()
@@ -82,9 +94,11 @@ class StepActor:
             if self._attempt is not None and not self._attempt.ended:
                 return Poll(busy=True)
             self._known_keys.add(request.key)
-            env = self._shape.thread_environment | request.env
+            gpus = _gpus()
+            hidden = {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
+            env = self._shape.thread_environment | hidden | request.env
             request = request.model_copy(update={"env": env})
-            self._attempt = _Attempt(request, within(self._folder, request.key), _gpus())
+            self._attempt = _Attempt(request, within(self._folder, request.key), gpus, self._kept)
             arguments = self._attempt, asyncio.get_running_loop()
             threading.Thread(target=self._work, args=arguments, name="step", daemon=True).start()
         return await self.poll(request.key, cursor, wait_s)
@@ -122,6 +136,13 @@ class StepActor:
         if attempt is None or attempt.request.key != key or attempt.ended:
             await asyncio.to_thread(shutil.rmtree, within(self._folder, key), ignore_errors=True)
 
+    async def free_port(self) -> int:
+        """A port of this node that nobody listens on now."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port: int = probe.getsockname()[1]
+            return port
+
     async def shape(self) -> ResourceShape:
         """What this actor was made for."""
         return self._shape
@@ -135,7 +156,9 @@ class StepActor:
             node=self._node,
             node_id=ray.get_runtime_context().get_node_id(),
             folder=str(self._folder),
+            address=ray.util.get_node_ip_address(),
             pid=os.getpid(),
+            refused=os.environ.get(REFUSED_VARIABLE, ""),
             key=attempt.request.key if attempt else "",
             running=attempt is not None and not attempt.ended,
             contact_age_s=time.monotonic() - attempt.contact_at if attempt else 0.0,

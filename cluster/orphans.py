@@ -29,6 +29,11 @@ def start(folder: Path) -> None:
     subprocess.run(command, start_new_session=True, cwd="/", env=environment, check=True, timeout=10)
 
 
+def kept_key(actor: str) -> str:
+    """What processes carry, in the place of a step's key, that live as long as the actor."""
+    return f"actor/{actor}"
+
+
 def announce(folder: Path, request: StepRequest) -> None:
     """Say which attempt is about to run."""
     write_whole(folder / _CURRENT, json.dumps({"step_key": request.step_key, "attempt": request.attempt}))
@@ -46,6 +51,7 @@ def main() -> None:
         poller = select.poll()
         poller.register(os.pidfd_open(actor_pid), select.POLLIN)
         poller.poll()
+    kill_leftovers(kept_key(folder.name))
     if current := read_json(folder / _CURRENT):
         end_leftovers(current["step_key"], current["attempt"])
 

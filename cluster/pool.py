@@ -3,8 +3,9 @@
     lease(key, shape) -> an idle actor of that shape | a new one when its resources are free | wait, oldest first
     release(key)      -> the next waiting key of that shape | idle until `idle_ttl_s`, or until another shape needs room
 
-A lease is found again by its key. The pool's memory is the actors themselves: after its own death it lists them and
-asks each what it holds.
+A shape that names its `actor` has one actor, whose keys wait for each other. A gang's actors end with its lease: idle,
+they would keep whole nodes. A lease is found again by its key. The pool's memory is the actors themselves: after its
+own death it lists them and asks each what it holds.
 """
 
 import asyncio
@@ -16,16 +17,17 @@ import uuid
 from collections.abc import Coroutine
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import ray
-from ray.actor import ActorHandle
 from ray.exceptions import ActorUnavailableError, RayError
 
-from cluster.actor import ActorState, StepActor
 from cluster.connect import NAMESPACE
-from cluster.shape import ResourceShape, amount_text, lacking, quantity, why_infeasible
-from steps import Frozen
+from cluster.images import Images, ImagesUnfit, Placing
+from cluster.lease import Lease
+from cluster.member import Member, actor_name, group_names, member_name, remove_group
+from cluster.room import Room
+from cluster.shape import ResourceShape, why_infeasible
 
 log = logging.getLogger(__name__)
 
@@ -41,39 +43,10 @@ _UNUSED_LEASE_S = 60.0
 """A lease whose attempt was not started for so long is taken back."""
 _UNCLAIMED_RESULT_S = 3600.0
 """An actor whose ended attempt nobody has fetched for so long is stopped; the attempt stays in its folder."""
+_DEAD_GANG_S = 60.0
+"""A gang with a dead actor is stopped after so long at the latest, held or not."""
 _STARVING_S = 5.0
 """A key that waits for so long for resources which actors of another shape keep busy gets them first."""
-
-
-class Lease(Frozen):
-    """Answer to one `lease` call."""
-
-    state: Literal["leased", "waiting", "infeasible", "failed"]
-    actor: str = ""
-    """Name of the actor, when leased."""
-    node_id: str = ""
-    folder: str = ""
-    """Where the actor keeps its attempts, on that node."""
-    fresh: bool = False
-    """True when the actor was made for this key."""
-    text: str = ""
-    """What it waits for, or why there will be no lease."""
-
-
-class _Member:
-    """One step actor of the pool."""
-
-    def __init__(self, name: str, handle: "ActorHandle[StepActor]", shape: ResourceShape) -> None:
-        self.name = name
-        self.handle: Any = handle
-        self.shape = shape
-        self.node_id = ""
-        """Empty until the actor runs."""
-        self.folder = ""
-        self.key = ""
-        self.served = 0
-        self.since = time.monotonic()
-        """When its key was last changed."""
 
 
 class _Waiter:
@@ -91,8 +64,8 @@ class _View(NamedTuple):
     """Ray's nodes and resources at one time."""
 
     nodes: list[dict[str, Any]]
-    free: dict[str, float]
-    total: dict[str, float]
+    free: dict[str, dict[str, float]]
+    """By node id."""
     at: float
 
 
@@ -102,15 +75,16 @@ class Pool:
     def __init__(self, name: str, idle_ttl_s: float) -> None:
         self._prefix = _member_prefix(name)
         self._idle_ttl_s = idle_ttl_s
-        self._members: dict[str, _Member] = {}
+        self._members: dict[str, Member] = {}
         self._waiters: dict[str, _Waiter] = {}
         self._waits_for: dict[str, set[str]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._view = _View([], {}, {}, at=-_VIEW_AGE_S)
+        self._view = _View([], {}, at=-_VIEW_AGE_S)
         self._looking = asyncio.Lock()
         self._opening = asyncio.Lock()
         self._open = False
         self._wake = asyncio.Event()
+        self._images = Images(self._wake.set)
         self._checked_at = 0.0
 
     async def lease(self, key: str, shape: ResourceShape, wait_s: float) -> Lease:
@@ -118,7 +92,9 @@ class Pool:
         await self._ensure_open()
         for member in self._members.values():
             if member.key == key:
-                return self._lease_of(member)
+                return member.lease
+        if shape.image and not shape.pinned:
+            return await self._pin(shape, wait_s)
         waiter = self._waiters.get(key)
         if waiter is None:
             waiter = self._waiters[key] = _Waiter(key, shape)
@@ -133,24 +109,43 @@ class Pool:
             return await asyncio.wait_for(asyncio.shield(waiter.lease), wait_s)
         return Lease(state="waiting", text=await self._waiting_text(shape))
 
+    async def _pin(self, shape: ResourceShape, wait_s: float) -> Lease:
+        """What the shape's image stands for, for whoever will ask again with that."""
+        nodes = (await self._look_at_cluster()).nodes
+        if reason := why_infeasible(shape, nodes):
+            return Lease(state="infeasible", text=reason)
+        try:
+            pinned = await self._images.pin(shape, nodes, wait_s)
+        except ImagesUnfit as error:
+            return Lease(state="unfit", text=str(error))
+        if pinned:
+            return Lease(state="pinned", text=pinned)
+        return Lease(state="waiting", text=f"looking for image `{shape.image}`, or pulling it")
+
     async def release(self, key: str, discard: bool) -> None:
         """Give the actor of `key` back, or stop waiting for one. `discard` ends the actor."""
         await self._ensure_open()
         self._waiters.pop(key, None)
         for member in [member for member in self._members.values() if member.key == key]:
-            member.key, member.since = "", time.monotonic()
-            if discard or self._must_yield(member):
+            member.hold("")
+            if discard or member.shape.nodes > 1 or self._must_yield(member):
                 self._stop(member)
         self._serve()
-        if self._waiters and any(member.node_id and not member.key for member in self._members.values()):
+        if self._waiters:
             self._wake.set()
 
     async def members(self) -> list[dict[str, Any]]:
         """What the pool holds, for status displays."""
         await self._ensure_open()
         return [
-            {"actor": member.name, "node_id": member.node_id, "key": member.key, "shape": str(member.shape)}
+            {
+                "actor": actor_name(member.name, member.shape, rank),
+                "node_id": member.places[rank].node_id if member.runs else "",
+                "key": member.key,
+                "shape": str(member.shape),
+            }
             for member in self._members.values()
+            for rank in range(member.shape.num_nodes)
         ]
 
     async def _ensure_open(self) -> None:
@@ -161,47 +156,53 @@ class Pool:
                 self._open = True
 
     async def _find_members(self) -> None:
-        """Take over the actors of an earlier life of this pool."""
+        """Take over the actors of an earlier life of this pool; what is left of incomplete gangs is removed."""
         listed = await asyncio.to_thread(ray.util.list_named_actors, all_namespaces=True)
-        names = [
-            entry["name"]
-            for entry in listed
-            if entry["namespace"] == NAMESPACE and entry["name"].startswith(self._prefix)
-        ]
-        await asyncio.gather(*(self._adopt(name) for name in names))
+        names: dict[str, list[str]] = {}
+        for entry in listed:
+            if entry["namespace"] == NAMESPACE and entry["name"].startswith(self._prefix):
+                names.setdefault(member_name(entry["name"]), []).append(entry["name"])
+        await asyncio.gather(*(self._adopt(name, sorted(actors, key=_rank)) for name, actors in names.items()))
+        for group in await asyncio.to_thread(group_names):
+            if group.startswith(self._prefix) and group not in self._members:
+                await asyncio.to_thread(remove_group, group)
 
-    async def _adopt(self, name: str) -> None:
+    async def _adopt(self, name: str, actors: list[str]) -> None:
+        handles: list[Any] = []
         try:
-            handle = await asyncio.to_thread(ray.get_actor, name, NAMESPACE)
-            shape = await asyncio.wait_for(handle.shape.remote(), _CHECK_TIMEOUT_S)
-            state: ActorState = await asyncio.wait_for(handle.state.remote(), _CHECK_TIMEOUT_S)
+            for actor in actors:
+                handles.append(await asyncio.to_thread(ray.get_actor, actor, NAMESPACE))
+            shape = await asyncio.wait_for(_shape_of(handles[0]), _CHECK_TIMEOUT_S)
+            if len(actors) != shape.num_nodes:
+                raise ValueError(f"{len(actors)} of {shape.num_nodes} actors are left")
+            member = Member(name, handles, shape)
+            states = await member.states(_CHECK_TIMEOUT_S)
         except (RayError, ValueError, TimeoutError) as error:
             log.warning("step actor %s does not answer the new pool, it is stopped: %s", name, error)
-            with contextlib.suppress(RayError, ValueError):
-                ray.kill(await asyncio.to_thread(ray.get_actor, name, NAMESPACE), no_restart=True)
+            for handle in handles:
+                with contextlib.suppress(RayError, ValueError):
+                    ray.kill(handle, no_restart=True)
             return
-        member = self._members[name] = _Member(name, handle, shape)
-        member.node_id, member.folder, member.key, member.served = state.node_id, state.folder, state.key, 1
-
-    def _lease_of(self, member: _Member) -> Lease:
-        fresh = member.served == 1
-        return Lease(state="leased", actor=member.name, node_id=member.node_id, folder=member.folder, fresh=fresh)
+        member.settle(states)
+        member.hold(next((state.key for state in states if state.key), ""))
+        member.served = 1
+        self._members[name] = member
 
     def _serve(self) -> None:
         """Give idle actors to those who wait, oldest first."""
-        idle: dict[ResourceShape | str, list[_Member]] = {}
+        idle: dict[str, list[Member]] = {}
         for member in self._members.values():
-            if member.node_id and not member.key:
+            if member.is_idle:
                 idle.setdefault(member.shape.identity, []).append(member)
         for waiter in list(self._waiters.values()) if idle else []:
             if members := idle.get(waiter.shape.identity):
                 member = members.pop()
-                member.key, member.since = waiter.key, time.monotonic()
+                member.hold(waiter.key)
                 member.served += 1
                 del self._waiters[waiter.key]
-                waiter.lease.set_result(self._lease_of(member))
+                waiter.lease.set_result(member.lease)
 
-    def _must_yield(self, member: _Member) -> bool:
+    def _must_yield(self, member: Member) -> bool:
         """True when the oldest waiting key is starved by actors of this one's shape."""
         oldest = next(iter(self._waiters.values()), None)
         return (
@@ -223,7 +224,7 @@ class Pool:
                 self._shrink()
                 if time.monotonic() - self._checked_at > _CHECK_INTERVAL_S:
                     self._checked_at = time.monotonic()
-                    await asyncio.gather(*(self._check(member) for member in self._members.values() if member.node_id))
+                    await asyncio.gather(*(self._check(member) for member in self._members.values() if member.runs))
                 self._serve()
             except RayError:
                 log.exception("pool housekeeping failed, it is tried again")
@@ -241,82 +242,122 @@ class Pool:
         self._waits_for = {identity: found for identity, found in self._waits_for.items() if identity in waiting}
         if not waiting:
             return
-        free = dict((await self._look_at_cluster()).free)
-        ordered = [member for member in self._members.values() if not member.node_id]
+        view = await self._look_at_cluster()
+        room = Room(view.nodes, view.free)
+        ordered = [member for member in self._members.values() if not member.runs]
         for identity, waiters in waiting.items():
             shape = waiters[0].shape
+            if shape.actor and self._has_members(identity):
+                continue
             own = [member for member in ordered if member.shape.identity == identity]
-            self._waits_for[identity] = short = lacking(shape, free)
+            self._waits_for[identity] = room.lacking(shape)
             # An actor that is just starting has its resources already: they only look missing.
-            if short and all(time.monotonic() - member.since > _TICK_S for member in own):
-                self._make_room(shape, free, short)
-            for _ in range(len(own), min(len(waiters), _MOST_PENDING)):
-                if lacking(shape, _without(free, ordered)) and self._has_members(identity):
+            if all(time.monotonic() - member.since > _TICK_S for member in own):
+                self._make_room(shape, room)
+            try:
+                placing = self._images.placing(shape, view.nodes, room)
+            except ImagesUnfit as error:
+                self._fail_all(identity, Lease(state="unfit", text=str(error)))
+                continue
+            if placing is None and shape.is_contained:
+                continue
+            for _ in range(len(own), min(len(waiters), 1 if shape.actor else _MOST_PENDING)):
+                left = room.without(member.shape for member in ordered)
+                if not left.fits(shape) and self._has_members(identity):
                     break
-                ordered.append(self._create(shape))
+                member = await self._create(shape, placing)
+                if member is None:
+                    break
+                ordered.append(member)
 
     def _has_members(self, identity: str) -> bool:
         return any(member.shape.identity == identity for member in self._members.values())
 
-    def _make_room(self, shape: ResourceShape, free: dict[str, float], short: set[str]) -> None:
-        """Stop idle actors of other shapes, longest idle first, until the shape fits."""
-        idle = [member for member in self._members.values() if member.node_id and not member.key]
-        for member in sorted(idle, key=lambda member: member.since):
-            if short and member.shape.identity != shape.identity and short & member.shape.amounts.keys():
-                for name, amount in member.shape.amounts.items():
-                    free[name] = free.get(name, 0.0) + amount
+    def _make_room(self, shape: ResourceShape, room: Room) -> None:
+        """Stop idle actors of other shapes until the shape fits: nameless ones first, then the longest idle."""
+        able = room.able(shape)
+        idle = [member for member in self._members.values() if member.is_idle]
+        for member in sorted(idle, key=lambda member: (bool(member.shape.actor), member.since)):
+            node_ids = [place.node_id for place in member.places]
+            short = room.lacking(shape)
+            if (
+                short & member.shape.amounts.keys()
+                and member.shape.identity != shape.identity
+                and not able.isdisjoint(node_ids)
+            ):
+                room.give(member.shape, node_ids)
                 self._stop(member)
-                short = lacking(shape, free)
 
     def _shrink(self) -> None:
         """Stop what has been idle for long, and what was ordered for keys that wait no more."""
         now = time.monotonic()
         wanted = {waiter.shape.identity for waiter in self._waiters.values()}
         for member in list(self._members.values()):
-            is_idle = bool(member.node_id) and not member.key and now - member.since > self._idle_ttl_s
-            is_unwanted = not member.node_id and member.shape.identity not in wanted and now - member.since > _TICK_S
+            is_idle = member.is_idle and now - member.since > self._idle_ttl_s
+            is_unwanted = not member.runs and member.shape.identity not in wanted and now - member.since > _TICK_S
             if is_idle or is_unwanted:
                 self._stop(member)
 
-    async def _check(self, member: _Member) -> None:
+    async def _check(self, member: Member) -> None:
         """Drop an actor that died, take back a lease that nobody uses."""
         try:
-            state: ActorState = await asyncio.wait_for(member.handle.state.remote(), _CHECK_TIMEOUT_S)
+            states = await member.states(_CHECK_TIMEOUT_S)
         except (ActorUnavailableError, TimeoutError):
             return
         except RayError:
-            self._members.pop(member.name, None)
+            self._lose(member)
             return
         age_s = time.monotonic() - member.since
-        if member.key and state.key != member.key and age_s > _UNUSED_LEASE_S:
-            member.key, member.since = "", time.monotonic()
-        elif state.key and not state.running and min(state.contact_age_s, age_s) > _UNCLAIMED_RESULT_S:
+        held = [state for state in states if state.key]
+        contact_s = min([age_s, *(state.contact_age_s for state in held)])
+        if member.key and all(state.key != member.key for state in states) and age_s > _UNUSED_LEASE_S:
+            member.hold("")
+        elif held and not any(state.running for state in held) and contact_s > _UNCLAIMED_RESULT_S:
             self._stop(member)
 
-    def _create(self, shape: ResourceShape) -> _Member:
+    def _lose(self, member: Member) -> None:
+        """Drop a dead actor. What is left of a gang is its attempt's to end, if that takes no time at all."""
+        member.died_at = member.died_at or time.monotonic()
+        if member.shape.nodes > 1 and member.key and time.monotonic() - member.died_at < _DEAD_GANG_S:
+            return
+        self._stop(member)
+
+    async def _create(self, shape: ResourceShape, placing: Placing | None) -> Member | None:
         name = f"{self._prefix}{uuid.uuid4().hex[:12]}"
-        actor_class: Any = ray.remote(StepActor)
-        handle = actor_class.options(
-            name=name,
-            namespace=NAMESPACE,
-            lifetime="detached",
-            max_restarts=0,
-            max_concurrency=100,
-            **shape.actor_options,
-        ).remote(name, shape)
-        member = self._members[name] = _Member(name, handle, shape)
+        try:
+            member = await asyncio.to_thread(Member.create, name, shape, placing)
+        except (RayError, ValueError, TypeError) as error:
+            self._fail_oldest(shape, str(error))
+            return None
+        self._members[name] = member
         self._spawn(self._welcome(member))
         return member
 
-    async def _welcome(self, member: _Member) -> None:
+    async def _welcome(self, member: Member) -> None:
         try:
-            state: ActorState = await member.handle.state.remote()
+            states = await member.states()
         except RayError as error:
-            if self._members.pop(member.name, None) is not None:
+            if member.name in self._members:
+                self._stop(member)
                 self._fail_oldest(member.shape, str(error))
             return
-        member.node_id, member.folder, member.since = state.node_id, state.folder, time.monotonic()
+        if refusal := next((state.refused for state in states if state.refused), ""):
+            self._stop(member)
+            if self._images.refused(member.shape):
+                text = f"no actor comes up in image `{member.shape.image}` on `{states[0].node}`: {refusal}"
+                self._fail_all(member.shape.identity, Lease(state="unfit", text=text))
+            self._wake.set()
+            return
+        self._images.came_up(member.shape)
+        member.settle(states)
+        member.since = time.monotonic()
         self._serve()
+
+    def _fail_all(self, identity: str, lease: Lease) -> None:
+        """All keys that wait for a shape get this answer."""
+        for waiter in [waiter for waiter in self._waiters.values() if waiter.shape.identity == identity]:
+            del self._waiters[waiter.key]
+            waiter.lease.set_result(lease)
 
     def _fail_oldest(self, shape: ResourceShape, reason: str) -> None:
         """The first key that waits for the shape learns why its actor could not start."""
@@ -326,20 +367,19 @@ class Pool:
             text = f"a step actor with {shape} cannot start: {reason}"
             waiter.lease.set_result(Lease(state="failed", text=text))
 
-    def _stop(self, member: _Member) -> None:
+    def _stop(self, member: Member) -> None:
         self._members.pop(member.name, None)
-        with contextlib.suppress(RayError, ValueError):
-            ray.kill(member.handle, no_restart=True)
+        member.stop()
 
     async def _waiting_text(self, shape: ResourceShape) -> str:
+        if shape.actor and any(one.key and one.shape.identity == shape.identity for one in self._members.values()):
+            return f"waiting for the actor `{shape.actor}`, which runs another step"
         view = await self._look_at_cluster()
-        if not lacking(shape, view.free):
+        room = Room(view.nodes, view.free)
+        if room.fits(shape):
             return f"starting an actor with {shape}"
-        parts = [
-            f"{quantity(name, view.free.get(name, 0))} of {amount_text(name, view.total.get(name, 0))} free"
-            for name in sorted(shape.amounts)
-        ]
-        return f"waiting for a node with {shape} ({', '.join(parts)})"
+        what = "" if shape.nodes > 1 else "a node with "
+        return f"waiting for {what}{shape} ({room.text(shape)})"
 
     async def _look_at_cluster(self) -> "_View":
         """The cluster as it was at most `_VIEW_AGE_S` ago: hundreds of keys may wait at a time."""
@@ -355,7 +395,16 @@ class Pool:
 
 
 def _look() -> _View:
-    return _View(ray.nodes(), ray.available_resources(), ray.cluster_resources(), time.monotonic())
+    return _View(ray.nodes(), ray._private.state.available_resources_per_node(), time.monotonic())
+
+
+async def _shape_of(handle: Any) -> ResourceShape:
+    shape: ResourceShape = await handle.shape.remote()
+    return shape
+
+
+def _rank(actor: str) -> int:
+    return int(actor.partition(".")[2] or 0)
 
 
 @lru_cache(maxsize=1)
@@ -363,7 +412,9 @@ def pool_name() -> str:
     """Name of the pool for this version of the code: actors that run other code are never leased to it."""
     digest = hashlib.sha256()
     root = Path(__file__).parent.parent
-    for path in sorted([*(root / "cluster").glob("*.py"), *(root / "steps").glob("*.py")]):
+    for path in sorted(
+        [*(root / "cluster").glob("*.py"), *(root / "container").glob("*.py"), *(root / "steps").glob("*.py")]
+    ):
         digest.update(path.name.encode() + path.read_bytes())
     return f"pool-{digest.hexdigest()[:8]}"
 
@@ -381,15 +432,6 @@ def open_pool(name: str, idle_ttl_s: float) -> Any:
         max_task_retries=-1,
         max_concurrency=10_000,
     ).remote(name, idle_ttl_s)
-
-
-def _without(free: dict[str, float], members: list[_Member]) -> dict[str, float]:
-    """What is free when these members have got their resources too."""
-    left = dict(free)
-    for member in members:
-        for name, amount in member.shape.amounts.items():
-            left[name] = left.get(name, 0.0) - amount
-    return left
 
 
 def _member_prefix(pool: str) -> str:

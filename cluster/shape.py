@@ -4,20 +4,30 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from steps import Frozen
 
 Amount = Annotated[float, Field(ge=0)]
+IMAGE_LABEL = "image"
+"""Node label that says in which image the node itself runs; its value is made by `container.image_label`."""
+
+
+def _whole_above_one(gpus: float) -> float:
+    if gpus > 1 and gpus != int(gpus):
+        raise ValueError(f"got {gpus:g} GPUs, wanted a part of one or whole ones")
+    return gpus
 
 
 class ResourceShape(Frozen):
     """What a step needs from its node. Two steps of equal shape may share a warm actor."""
 
+    nodes: Annotated[int, Field(ge=0)] = 0
+    """Nodes of a gang; each gives all that is asked for here. 0 is a step that is no gang."""
     cpus: Amount = 1.0
     """CPU cores; fractions are allowed."""
-    gpus: Amount = 0.0
-    """GPUs; fractions are allowed."""
+    gpus: Annotated[Amount, AfterValidator(_whole_above_one)] = 0.0
+    """GPUs; a part of one, or whole ones."""
     memory: Annotated[int, Field(ge=0)] = 0
     """Bytes; 0 asks for none in particular."""
     labels: dict[str, str] = {}
@@ -26,6 +36,21 @@ class ResourceShape(Frozen):
     """Custom Ray resources and how much of each."""
     image: str = ""
     """Container image the step's actor runs in; empty is the node's own Python."""
+    pinned: str = ""
+    """What `image` stands for in the run, see `cluster.pins`; set, as the two below, where an attempt is sent out."""
+    mounts: tuple[str, ...] = ()
+    """Folders of the node that its container sees at the same path; the first is also its `/workspace`."""
+    secrets: tuple[str, ...] = ()
+    """Names of the secrets that its container may need."""
+    actor: str = ""
+    """Name of an actor that serves, one after another, all steps that name it and ask for the same."""
+    actor_scope: str = ""
+    """Folder of the plan whose steps share the `actor`; set where an attempt is sent to the cluster."""
+
+    @property
+    def num_nodes(self) -> int:
+        """Different nodes it takes at the same time."""
+        return max(1, self.nodes)
 
     @property
     def identity(self) -> str:
@@ -49,6 +74,24 @@ class ResourceShape(Frozen):
         return options
 
     @property
+    def is_contained(self) -> bool:
+        """True when its actor runs in a container of its own; False too for a node that runs in the image."""
+        return bool(self.pinned) and not self.pinned.startswith(f"{IMAGE_LABEL}=")
+
+    @property
+    def container_cpus(self) -> float:
+        """Limit of the step's container in cores, 0 is none.
+
+        One core is what a step gets that does not say; with a GPU it would starve that, and is no limit.
+        """
+        return 0.0 if self.gpus and self.cpus <= 1 else self.cpus
+
+    @property
+    def image_text(self) -> str:
+        """The image and what it stands for in the run, for reports: `name@sha256:...`."""
+        return "@".join(filter(None, [self.image, self.pinned.rpartition("@")[2].removeprefix(f"{IMAGE_LABEL}=")]))
+
+    @property
     def thread_environment(self) -> dict[str, str]:
         """Variables that keep numeric libraries to the CPUs asked for; without them each starts a thread per core.
 
@@ -59,7 +102,9 @@ class ResourceShape(Frozen):
     def __str__(self) -> str:
         parts = [amount_text(name, amount) for name, amount in self.amounts.items()]
         parts += [f"label {name}={value}" for name, value in self.labels.items()]
-        return ", ".join(parts) or "nothing in particular"
+        parts += [f"image `{self.image}`"] if self.image else []
+        text = ", ".join(parts) or "nothing in particular"
+        return f"{self.nodes} nodes, each with {text}" if self.nodes > 1 else text
 
 
 def fits(shape: ResourceShape, amounts: Mapping[str, float], labels: Mapping[str, str]) -> bool:
@@ -75,15 +120,16 @@ def lacking(shape: ResourceShape, amounts: Mapping[str, float]) -> set[str]:
 
 
 def why_infeasible(shape: ResourceShape, nodes: Iterable[Mapping[str, Any]]) -> str:
-    """Sentence for people when no living node (of `ray.nodes()`) could ever run the shape; else an empty text."""
+    """Sentence for people when the living nodes (of `ray.nodes()`) could never run the shape; else an empty text."""
     alive = [node for node in nodes if node["Alive"]]
-    if any(fits(shape, node["Resources"], node.get("Labels") or {}) for node in alive):
+    able = [node for node in alive if fits(shape, node["Resources"], node.get("Labels") or {})]
+    if len(able) >= shape.num_nodes:
         return ""
     offers = "; ".join(_offer(node, shape) for node in alive) or "no node"
-    return (
-        f"no node of the Ray cluster can ever give what the step asks for: wanted {shape}, there is {offers}\n\n"
-        "hint: ask for less, or add a node that has it"
-    )
+    can = "no node of the Ray cluster can ever give what the step asks for"
+    if able:
+        can = f"{len(able)} of the {shape.nodes} nodes the step asks for can ever be had in the Ray cluster"
+    return f"{can}: wanted {shape}, there is {offers}\n\nhint: ask for less, or add a node that has it"
 
 
 def _offer(node: Mapping[str, Any], shape: ResourceShape) -> str:

@@ -17,6 +17,7 @@ Heavy imports (ray, torch, docker, huggingface_hub) belong inside `run`: the sch
 from steps._contract import (
     Context,
     Frozen,
+    Gang,
     Outputs,
     PlanPath,
     Shell,
@@ -30,6 +31,7 @@ from steps._request import Progress, StepRequest, StepResult
 __all__ = [
     "Context",
     "Frozen",
+    "Gang",
     "Outputs",
     "PlanPath",
     "Progress",

@@ -24,6 +24,46 @@ class _PlanPath:
     """Marks a path that is relative to the plan file's folder; it reaches `run` absolute."""
 
 
+class Gang(Frozen):
+    """Place of this process's node among the nodes that run a step together (`resources: {nodes: N}`).
+
+    The same is in the environment: `RANK` and `NODE_RANK`, `WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT`, and what
+    `torchrun` reads instead of its arguments (`PET_NNODES`, `PET_NODE_RANK`, `PET_NPROC_PER_NODE`, ...).
+    """
+
+    rank: int = 0
+    """From 0. The outputs and artifacts of rank 0 are the step's."""
+    size: int = 1
+    """Nodes in all; 1 for a step that is no gang."""
+    processes_per_node: int = 1
+    """What `torchrun` starts on each node: one process for each GPU, at least one."""
+    master_address: str = ""
+    """Address of the node of rank 0; empty for a step that is no gang."""
+    master_port: int = 0
+    """A port of that node that was free when the gang started."""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables; none for a step that is no gang."""
+        if not self.master_address:
+            return {}
+        meeting = {"MASTER_ADDR": self.master_address, "MASTER_PORT": str(self.master_port)}
+        ranks = {
+            "RANK": self.rank,
+            "NODE_RANK": self.rank,
+            "WORLD_SIZE": self.size,
+            "LOCAL_RANK": 0,
+            "LOCAL_WORLD_SIZE": 1,
+        }
+        torchrun = {
+            **{f"PET_{name}": value for name, value in meeting.items()},
+            "PET_NNODES": str(self.size),
+            "PET_NODE_RANK": str(self.rank),
+            "PET_NPROC_PER_NODE": str(self.processes_per_node),
+        }
+        return {**meeting, **{name: str(value) for name, value in ranks.items()}, **torchrun}
+
+
 Shell = Annotated[str, _Shell()]
 PlanPath = Annotated[str, _PlanPath()]
 
@@ -76,6 +116,8 @@ class Context(Protocol):
     """Resolved secrets by their names. Their values are masked in every log."""
     gpus: Sequence[str]
     """Ids of the GPUs assigned to this step; empty where there are none."""
+    gang: Gang
+    """Which of several nodes this one is; rank 0 of 1 for a step that is no gang."""
     grace_s: float
     """Seconds between SIGTERM and SIGKILL when the step is ended early."""
 
@@ -94,6 +136,13 @@ class Context(Protocol):
 
     def heartbeat(self, progress: str | Mapping[str, Any]) -> None:
         """Publish progress: a short text, or `{"text": ..., "fraction": 0..1}`. Cheap; call it as often as you like."""
+
+    def keep(self, name: str, make: Callable[[], Any]) -> Any:
+        """What an earlier step of the same `actor` has kept under `name`; else what `make` returns, kept from now on.
+
+        It lives as long as the actor, and so do the processes that `make` has started; in a step that names no `actor`,
+        as long as the step.
+        """
 
     def run_process(
         self,

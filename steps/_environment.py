@@ -31,13 +31,14 @@ OUTPUTS_VARIABLE = "STEP_OUTPUTS"
 def step_environment(
     request: StepRequest, secrets: Mapping[str, str], attempt_dir: Path, gpus: Sequence[str]
 ) -> dict[str, str]:
-    """The whole environment of one attempt. Declared variables win over the node's, secrets over both."""
+    """The whole environment of one attempt. Declared variables win over the node's and the gang's, secrets over all."""
     node = node_environment()
     node["PATH"] = _with_own_programs(node.get("PATH", os.defpath))
     if gpus:
         node["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     return {
         **node,
+        **request.gang.environment,
         **request.env,
         **{variable: secrets[name] for variable, name in request.secrets.items()},
         OUTPUTS_VARIABLE: str(attempt_dir / OUTPUTS),

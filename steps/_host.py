@@ -24,14 +24,17 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import psutil
 from pydantic import ValidationError
 
 from steps import _registry
+from steps._artifacts import artifact_hashes
 from steps._contract import Outputs, StepCancelled, StepError, StepFailed, StepTimedOut
 from steps._environment import step_environment
 from steps._files import CANCEL, HOST, OUTPUTS, PROGRESS, RESULT, write_once, write_whole
+from steps._kept import Kept
 from steps._logs import AttemptLogs, Capture
 from steps._masking import mask_file, mask_text, mask_value
 from steps._process import become_subreaper, descendants, end, end_children, identity, is_alive, kill_leftovers, marked
@@ -53,8 +56,16 @@ class Host:
     """One attempt in this process; it is also the `Context` that `run` receives. `run()` is called once."""
 
     def __init__(
-        self, request: StepRequest, folder: Path, *, gpus: Sequence[str] = (), isolated: bool, node: str = ""
+        self,
+        request: StepRequest,
+        folder: Path,
+        *,
+        gpus: Sequence[str] = (),
+        isolated: bool,
+        node: str = "",
+        kept: Kept | None = None,
     ) -> None:
+        """`kept` is what an actor's steps share; without it, what a step keeps ends with the step."""
         self.request = request
         self.attempt_dir = folder
         self.gpus: Sequence[str] = tuple(gpus)
@@ -62,6 +73,7 @@ class Host:
         self.key = request.key
         self.attempt = request.attempt
         self.grace_s = request.grace_s
+        self.gang = request.gang
         self.plan_dir = Path(request.plan_dir)
         self.working_dir = Path(request.working_dir)
         self.env: Mapping[str, str] = {}
@@ -71,6 +83,9 @@ class Host:
         self.stuck = False
         """True when `run` did not return in time after a cancel: this process is of no further use."""
         self._isolated = isolated
+        self._kept = kept
+        self._own_objects: dict[str, Any] = {}
+        self._pid = os.getpid()
         self._reusable = False
         """True when the step's type leaves no trace in its process."""
         self._childless = False
@@ -97,7 +112,8 @@ class Host:
         try:
             self.secrets = resolve_secrets(self.request.secrets.values(), self.request.workflow_id)
             self.env = step_environment(self.request, self.secrets, self.attempt_dir, self.gpus)
-            self.declared_env = {name: self.env[name] for name in (*self.request.env, *self.request.secrets)}
+            declared = (*self.gang.environment, *self.request.env, *self.request.secrets)
+            self.declared_env = {name: self.env[name] for name in declared}
         except StepError as error:
             self._end_with(error)
             return self._publish()
@@ -106,7 +122,7 @@ class Host:
             if self._ending is not None:
                 self._capture.ring()
             self._run_step()
-            self._childless = end_children(0 if self._ending is None else self.grace_s)
+            self._childless = end_children(0 if self._ending is None else self.grace_s, self._spared)
         return self._publish()
 
     @property
@@ -162,6 +178,14 @@ class Host:
         self._progress_at = now
         value = {"text": progress} if isinstance(progress, str) else dict(progress)
         write_whole(self.attempt_dir / PROGRESS, json.dumps(mask_value(value, self.secrets.values())))
+
+    def keep(self, name: str, make: Callable[[], Any]) -> Any:
+        """What is kept under `name`, made if need be."""
+        if self._kept is not None:
+            return self._kept.get(name, make)
+        if name not in self._own_objects:
+            self._own_objects[name] = make()
+        return self._own_objects[name]
 
     def run_process(
         self,
@@ -229,7 +253,7 @@ class Host:
                     step_type = _registry.find(self.request.type)
                     self._reusable = step_type.reusable_process
                     params = _checked(step_type, self.request.params)
-                    outputs = step_type.run(params, self) or {}
+                    outputs = self._run_here(lambda: step_type.run(params, self) or {})
             except SystemExit as error:
                 if error.code not in (None, 0):
                     raise
@@ -238,10 +262,34 @@ class Host:
                 self._leave()
             # From here on a cancel is too late: the work is done.
             self.check_cancelled()
-            self._finish("succeeded", outputs=self._all_outputs(outputs))
+            outputs = self._all_outputs(outputs)
+            self._finish("succeeded", outputs=outputs, artifacts=self._artifacts())
         except BaseException as error:
             self._left.set()
             self._end_with(self._ending() if self._ending is not None else error)
+
+    def _run_here(self, run: Callable[[], Outputs]) -> Outputs:
+        """Run the step's code. A child that it forks, and that comes back this way, ends here: it has no result."""
+        try:
+            return run()
+        finally:
+            if os.getpid() != self._pid:
+                _end_forked_child(sys.exc_info()[1])
+
+    def _artifacts(self) -> dict[str, str]:
+        request = self.request
+        if not request.artifacts and not request.cached_artifacts:
+            return {}
+        return artifact_hashes(self.plan_dir, request.artifacts, request.cached_artifacts, lambda: None)
+
+    def _spared(self) -> set[int]:
+        """Processes that stay when the step ends."""
+        return self._kept.pids() if self._kept is not None else set()
+
+    def _tree(self) -> list[psutil.Process]:
+        """The step's own processes."""
+        spared = self._spared()
+        return [process for process in descendants(os.getpid()) if process.pid not in spared]
 
     def _leave(self) -> None:
         """Let no interrupt through any more, not even one that is on its way."""
@@ -322,10 +370,10 @@ class Host:
         callbacks = threading.Thread(target=self._call_back, name="step-callbacks", daemon=True)
         callbacks.start()
         callbacks.join(max(self.grace_s, _SHORTEST_GRACE_S))
-        end(descendants(os.getpid()), self.grace_s)
+        end(self._tree(), self.grace_s)
         if not self._left.wait(0.05):
             # What the step has started since: a thread that waits for it takes no exception.
-            end(descendants(os.getpid()), self.grace_s)
+            end(self._tree(), self.grace_s)
             self._interrupt()
         if not self._left.wait(max(self.grace_s, _SHORTEST_GRACE_S)):
             self._abandon()
@@ -370,6 +418,7 @@ class Host:
         final: bool = False,
         exit_code: int | None = None,
         outputs: Outputs | None = None,
+        artifacts: dict[str, str] | None = None,
     ) -> None:
         """Decide the result; a later end of the same attempt changes nothing."""
         with self._lock:
@@ -387,6 +436,7 @@ class Host:
                 node=self.node,
                 pid=os.getpid(),
                 gpus=tuple(self.gpus),
+                artifacts=artifacts or {},
                 attempt_dir=str(self.attempt_dir),
             )
 
@@ -436,6 +486,20 @@ def warm_up() -> None:
     thread = threading.Thread(target=is_alive, args=(identity(),))
     thread.start()
     thread.join()
+
+
+def _end_forked_child(error: BaseException | None) -> NoReturn:
+    """End a forked copy of a step's process as the interpreter would end a process of its own."""
+    code = 0
+    if isinstance(error, SystemExit):
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    elif error is not None:
+        traceback.print_exception(error)
+        code = 1
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code & 0xFF)
 
 
 def _checked(step_type: _registry.StepType, params: dict[str, Any]) -> Any:

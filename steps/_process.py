@@ -6,7 +6,7 @@ import functools
 import hashlib
 import os
 import signal
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,11 @@ def marked(key: str) -> Iterator[None]:
 
 def identity() -> dict[str, Any]:
     """What tells this process from a later one with its pid, whatever happens to the clock or the machine."""
-    pid = os.getpid()
+    return identity_of(os.getpid())
+
+
+def identity_of(pid: int) -> dict[str, Any]:
+    """The same for another process; one that has ended is never alive."""
     return {"pid": pid, "start_ticks": _start_ticks(pid), "boot_id": _boot_id()}
 
 
@@ -69,12 +73,19 @@ def end(processes: Iterable[psutil.Process], grace_s: float) -> None:
     psutil.wait_procs(alive, timeout=2)
 
 
-def end_children(grace_s: float) -> bool:
-    """End every descendant of this process, those that are born meanwhile too; True when none is left."""
+def end_children(grace_s: float, spared: Callable[[], set[int]] = set) -> bool:
+    """End every descendant of this process, those that are born meanwhile too; True when none is left.
+
+    `spared` gives the pids of those that stay, and do not count.
+    """
     for _ in range(20):
         if not _reap():
             return True
-        end(descendants(os.getpid()), grace_s)
+        kept = spared()
+        rest = [process for process in descendants(os.getpid()) if process.pid not in kept]
+        if kept and not rest:
+            return True
+        end(rest, grace_s)
         grace_s = 0
     return not _reap()
 

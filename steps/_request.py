@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from steps._contract import Frozen
+from steps._contract import Frozen, Gang
 
 Outcome = Literal["succeeded", "failed", "skipped", "cancelled", "timed_out", "not_run"]
 
@@ -31,6 +31,13 @@ class StepRequest(Frozen):
     grace_s: float = 5.0
     expected_outputs: tuple[str, ...] = ()
     """Output names the plan declares; a step that ends without one of them has failed."""
+    artifacts: tuple[str, ...] = ()
+    """Files, folders and globs in the plan's folder that the step promises to make."""
+    cached_artifacts: tuple[str, ...] = ()
+    """The same, for the cache alone: they come back from a node with files of its own, and may be missing."""
+    inputs: tuple[str, ...] = ()
+    """Files, folders and globs in the plan's folder that the step needs on such a node, whatever is ignored there."""
+    gang: Gang = Gang()
 
     @property
     def key(self) -> str:
@@ -75,5 +82,8 @@ class StepResult(Frozen):
     pid: int = 0
     image: str = ""
     gpus: tuple[str, ...] = ()
+    """Ids of the GPUs that were assigned, as `CUDA_VISIBLE_DEVICES` had them; a gang's rank by rank."""
+    artifacts: dict[str, str] = {}
+    """Path in the plan's folder -> `sha256:...` of each file the step has promised and made."""
     attempt_dir: str = ""
     """Folder with `stdout.log`, `stderr.log` and `structured.jsonl` of the attempt."""

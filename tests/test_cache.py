@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from bridge.cache import Change, StepCache, field_changes
 from bridge.cache_key import digest, key_fields
 from bridge.file_hash import REMEMBERED_FROM_BYTES, FileHasher
-from bridge.file_patterns import matching
 from bridge.local_imports import with_local_imports
 from bridge.plan import Cache
 from steps import StepError, StepRequest, StepResult
+from steps._file_patterns import matching
 
 DONE = StepResult(outcome="succeeded", outputs={"rows": 3}, duration_s=1.5)
 
@@ -275,7 +275,7 @@ def test_links_are_followed_once_and_pipes_are_no_files(plan_dir: Path) -> None:
 
 def test_many_files_share_a_field_and_too_many_are_refused(plan_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bridge.cache_key.LISTED_FILES", 3)
-    monkeypatch.setattr("bridge.file_patterns.MAX_FILES", 5)
+    monkeypatch.setattr("steps._file_patterns.MAX_FILES", 5)
     for number in range(4):
         write(plan_dir / "data" / str(number), "1")
     before = fields_of(plan_dir, INPUTS)

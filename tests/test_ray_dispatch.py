@@ -303,7 +303,8 @@ async def test_what_was_dispatched_and_is_lost_is_not_started_again(bench: Bench
     os.kill(pid, signal.SIGKILL)
     await handle.wait()
     folder.mkdir(parents=True)
-    lost = {**marker, "key": request.key, "node_id": "ff" * 28}
+    places = [{**place, "node_id": "ff" * 28} for place in marker["places"]]
+    lost = {**marker, "key": request.key, "places": places}
     (folder / "dispatched.json").write_text(json.dumps(lost))
     result = await bench.run(request)
     assert (result.outcome, result.reason) == ("failed", "infrastructure")

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from steps import StepError
+from steps._contract import StepError
 
 MAX_FILES = 20_000
 _WILDCARDS = frozenset("*?[")
