@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from statistics import NormalDist, fmean
 from typing import get_args
 
+from rl.gather import gather
 from rl.generate import Generate
 from rl.rollout import RolloutSettings, rollout
 from rl.tokenizer import Tokenizer
@@ -136,9 +137,7 @@ async def converse(
         async with places:
             return await rollout(generate, tokenizer, prompt, settings, group_id=prompt.id, seed=seed)
 
-    async with asyncio.TaskGroup() as tasks:
-        running = [tasks.create_task(one(prompt)) for prompt in prompts]
-    return [task.result() for task in running]
+    return await gather(one(prompt) for prompt in prompts)
 
 
 def table(report: EvaluationReport) -> list[list[str]]:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
+from rl.gather import gather
 from rl.generate import Finish, Generate, GenerateRequest, Sample, cut_at_stop
 from rl.scoring import score
 from rl.system_prompts import PromptStyle, messages
@@ -77,24 +78,34 @@ class _Rollout:
 
     async def run(self, seed: str) -> StopReason:
         """Turn by turn to the end; says why it ended."""
-        for number in range(self._settings.max_turns):
-            room = self._settings.max_tokens - len(self.tape.token_ids)
-            if room < 1:
-                return "max_tokens"
-            sample = await self._turn(min(room, self._settings.max_tokens_per_turn), f"{seed}/{number}")
+        if self._room < 1:
+            raise ValueError(
+                f"the prompt has {len(self.tape.token_ids)} tokens and leaves no room in `max_tokens`, which is "
+                f"{self._settings.max_tokens}\n\nhint: raise `max_tokens`, or choose a shorter `prompt_style`"
+            )
+        while True:
+            sample = await self._turn(f"{seed}/{len(self.turns)}")
             self.tape.take(sample)
             ended = self._hear(sample)
             if ended is not None:
                 return ended
-            if number + 1 < self._settings.max_turns:
-                results = render_results([call.result for call in self.turns[-1].tool_calls])
-                self.tape.give(self._tokenizer.encode(results, add_special_tokens=False))
-        return "max_turns"
+            if len(self.turns) == self._settings.max_turns:
+                return "max_turns"
+            results = render_results([call.result for call in self.turns[-1].tool_calls])
+            token_ids = self._tokenizer.encode(results, add_special_tokens=False)
+            if len(token_ids) >= self._room:
+                return "max_tokens"
+            self.tape.give(token_ids)
 
-    async def _turn(self, max_tokens: int, seed: str) -> Sample:
+    @property
+    def _room(self) -> int:
+        """Tokens that the conversation may still grow by."""
+        return self._settings.max_tokens - len(self.tape.token_ids)
+
+    async def _turn(self, seed: str) -> Sample:
         request = GenerateRequest(
             token_ids=tuple(self.tape.token_ids),
-            max_tokens=max_tokens,
+            max_tokens=min(self._room, self._settings.max_tokens_per_turn),
             temperature=self._settings.temperature,
             seed=int.from_bytes(hashlib.sha256(seed.encode()).digest()[:4]),
             stop_pattern=STOP_PATTERN,
@@ -129,7 +140,10 @@ async def rollout(
     sample: int = 0,
     seed: int = 0,
 ) -> Trajectory:
-    """One conversation about `prompt`. Its randomness depends on the seed, the group and the sample's number alone."""
+    """One conversation about `prompt`. Its randomness depends on the seed, the group and the sample's number alone.
+
+    Raises ValueError for a prompt that leaves no room to answer, TimeoutError for an engine that does not answer.
+    """
     task = open_task(prompt.task, prompt.table_seed)
     conversation = _Rollout(generate, tokenizer, task, prompt, settings)
     stop_reason = await conversation.run(f"{seed}/{group_id}/{sample}")
@@ -163,14 +177,8 @@ async def rollout_group(
     seed: int = 0,
 ) -> Group:
     """All samples of a prompt at once. The first one to fail ends the others, and its error is raised."""
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            running = [
-                tasks.create_task(
-                    rollout(generate, tokenizer, prompt, settings, group_id=group_id, sample=sample, seed=seed)
-                )
-                for sample in range(group_size)
-            ]
-    except ExceptionGroup as failed:
-        raise failed.exceptions[0] from None
-    return Group(id=group_id, prompt=prompt, trajectories=tuple(task.result() for task in running))
+    trajectories = await gather(
+        rollout(generate, tokenizer, prompt, settings, group_id=group_id, sample=sample, seed=seed)
+        for sample in range(group_size)
+    )
+    return Group(id=group_id, prompt=prompt, trajectories=tuple(trajectories))

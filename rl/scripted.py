@@ -16,11 +16,11 @@ from rl.zorplex import OPERATORS
 from rl.zorplex_table import SEE
 
 _QUESTION = re.compile(r"What is (?:the zorplex value of '(\w+)'|(zorplex\('\w+'\)(?: [-+*] zorplex\('\w+'\))+))\?")
-_RESULT = re.compile(r"\[Result: ([^\]]*)\]")
+_HEARD = re.compile(r"(?:LOOKUP|GETKEY|FETCH)\[([^\]]+)\]\s*\[Result: (?!UNKNOWN|INVALID)([^\]]*)\]")
 
 
 def oracle(conversation: str) -> str:
-    """What a perfect model says next, from the text alone: it knows no table and asks the tools.
+    """What a perfect model says next, from the text alone: it knows no table, and asks the tools what it has not heard.
 
     Raises ValueError where the text has no question.
     """
@@ -28,26 +28,29 @@ def oracle(conversation: str) -> str:
     if not questions:
         raise ValueError(f"a Zorplex question was wanted, got {conversation[-200:]!r}")
     asked = questions[-1]
-    results = _RESULT.findall(conversation, asked.end())
+    heard: dict[str, str] = dict(_HEARD.findall(conversation, asked.end()))
     if asked[2]:
-        return _calculate(asked[2], results)
-    if not results:
-        return f"GETKEY[{asked[1]}]" if "GETKEY" in conversation[: asked.start()] else f"LOOKUP[{asked[1]}]"
-    last: str = results[-1]
-    if last.startswith("ZK_"):
-        return f"FETCH[{last}]"
-    return f"LOOKUP[{last.removeprefix(SEE)}]" if last.startswith(SEE) else f"[ANSWER] {last}"
+        return _calculate(asked[2], heard)
+    tool, of = ("GETKEY" if "GETKEY" in conversation[: asked.start()] else "LOOKUP"), asked[1]
+    while of in heard:
+        said = heard.pop(of)
+        if said.isdigit():
+            return f"[ANSWER] {said}"
+        tool, of = ("FETCH", said) if said.startswith("ZK_") else ("LOOKUP", said.removeprefix(SEE))
+    return f"{tool}[{of}]"
 
 
-def _calculate(terms: str, results: list[str]) -> str:
+def _calculate(terms: str, heard: dict[str, str]) -> str:
     words = re.findall(r"'(\w+)'", terms)
-    if len(results) < len(words):
-        return f"LOOKUP[{words[len(results)]}]"
+    for word in words:
+        if word not in heard:
+            return f"LOOKUP[{word}]"
     symbols: list[Operator] = re.findall(r"\) ([-+*]) ", terms)
-    total = int(results[0])
-    for symbol, value in zip(symbols, results[1:], strict=True):
+    values = [heard[word] for word in words]
+    total = int(values[0])
+    for symbol, value in zip(symbols, values[1:], strict=True):
         total = OPERATORS[symbol](total, int(value))
-    return f"{f' {symbols[0]} '.join(results)} = {total}. [ANSWER] {total}"
+    return f"{f' {symbols[0]} '.join(values)} = {total}. [ANSWER] {total}"
 
 
 class ScriptedEngine:

@@ -143,6 +143,18 @@ async def test_a_policy_that_knows_nothing_gets_nothing() -> None:
     assert max(one.reward for one in done) <= 0
 
 
+@settings(max_examples=60)
+@given(tasks, seeds, st.integers(1, 3))
+def test_the_oracle_goes_on_from_what_others_have_asked(task: Task, seed: int, detours: int) -> None:
+    def wander(conversation: str) -> str:
+        return "LOOKUP[zebra]" if conversation.count("[Result:") < detours else oracle(conversation)
+
+    prompt, tokenizer = first(task, seed), TinyTokenizer()
+    limits = RolloutSettings(prompt_style="brief", max_turns=8)
+    done = asyncio.run(rollout(ScriptedEngine(tokenizer, wander), tokenizer, prompt, limits, group_id="g"))
+    assert (done.failure_mode, done.answer) == ("success", prompt.answer)
+
+
 def test_the_oracle_needs_a_question() -> None:
     with pytest.raises(ValueError, match="a Zorplex question was wanted, got 'hello'"):
         oracle("hello")
