@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from cluster.connect import ClusterAuthError, ClusterError, answers, connect, raylet_answers
+from cluster.connect import ClusterAuthError, ClusterError, answers, connect, connection_lives
 from cluster.shape import ResourceShape
 from steps import Frozen, Progress, StepRequest, StepResult
 
@@ -93,7 +93,7 @@ class Driver:
     async def _finish(self, request: StepRequest, attempt: Any) -> None:
         try:
             result = await attempt.run()
-        except ClusterError as error:
+        except (ClusterError, ConnectionError) as error:
             if not self._lost.done():
                 self._lost.set_result(str(error))
             return
@@ -108,7 +108,7 @@ class Driver:
         missed = 0
         while missed < 2:
             await asyncio.sleep(_WATCH_INTERVAL_S)
-            alive = await asyncio.to_thread(answers, self._config.address) and await asyncio.to_thread(raylet_answers)
+            alive = await asyncio.to_thread(answers, self._config.address) and await asyncio.to_thread(connection_lives)
             missed = 0 if alive else missed + 1
         if not self._lost.done():
             self._lost.set_result(f"the Ray cluster at `{self._config.address}` is gone")
