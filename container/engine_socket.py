@@ -41,12 +41,9 @@ class EngineSocket:
         """Start a container that was made."""
         self._call("POST", f"/containers/{quote(name)}/start")
 
-    def open_wait(self, name: str) -> "_Connection":
-        """A connection whose answer comes when the container has ended; give it to `end_wait`."""
-        return self._send("POST", f"/containers/{quote(name)}/wait", None, None)
-
-    def end_wait(self, connection: "_Connection") -> int:
-        """Exit code of the container; blocks until it has ended."""
+    def wait(self, name: str, timeout_s: float | None = None) -> int:
+        """Exit code of a container; blocks until it has ended, at most `timeout_s`."""
+        connection = self._send("POST", f"/containers/{quote(name)}/wait", None, timeout_s)
         code: int = json.loads(self._read(connection))["StatusCode"]
         return code
 

@@ -72,15 +72,17 @@ def reap(env: Mapping[str, str]) -> list[str]:
 def start_watch(pids: Sequence[int], name: str, env: Mapping[str, str]) -> None:
     """Start the process that removes container `name` and its files when one of `pids` has ended.
 
-    In a session of its own and with nothing of the caller's environment, so that what ends the caller spares it.
+    Nobody's child, in a session of its own and with nothing of the caller's environment, so that what ends the caller
+    and all it has started spares it.
     """
     root = str(Path(__file__).parent.parent)
     argv = [sys.executable, "-SEc", _RUNNER, root, name, *(f"{pid}:{_start_ticks(pid)}" for pid in pids)]
+    shell = ["/bin/sh", "-c", '"$@" &', "sh", *argv]
     own = {key: env[key] for key in ("DOCKER_HOST", "PATH", "XDG_RUNTIME_DIR", "TMPDIR") if key in env}
     null = os.open(os.devnull, os.O_RDWR)
     try:
         actions = [(os.POSIX_SPAWN_DUP2, null, descriptor) for descriptor in range(3)]
-        os.posix_spawn(sys.executable, argv, own, file_actions=actions, setsid=True)
+        os.waitpid(os.posix_spawn(shell[0], shell, own, file_actions=actions, setsid=True), 0)
     finally:
         os.close(null)
 

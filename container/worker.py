@@ -164,7 +164,7 @@ def base_config(
 
 
 def _step_mounts(spec: WorkerSpec, env: Mapping[str, str]) -> list[Mount]:
-    folders = [folder for folder in spec.mounts if Path(folder).is_dir()]
+    folders = [folder for folder in spec.mounts if Path(folder).is_dir() and Path(folder) != Path("/")]
     root = container_root(env, env.get("SYGALDRY_PROJECT_ID") or "default")
     standard = standard_mounts(root, Path(folders[0] if folders else spec.folder))
     return [*standard, *(Mount(folder, folder) for folder in folders)]
@@ -195,7 +195,7 @@ def _wait(engine: EngineSocket, name: str) -> int:
     """Exit code of the container. The watch ends it when the raylet has ended, and us before."""
     while True:
         try:
-            return engine.end_wait(engine.open_wait(name))
+            return engine.wait(name)
         except EngineError as error:
             # An engine that is restarted may leave its containers running.
             if error.status == 404:
