@@ -5,7 +5,7 @@
 The sums of micro-batches, packed rows or processes add up to those of the batch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -63,10 +63,11 @@ def advantages(name: AdvantageName, rewards: Tensor) -> Tensor:
 
 def token_losses(settings: LossSettings, tokens: Tokens) -> Tensor:
     """The loss of every token, 0 where the mask is False; to be weighted by `loss.token_weights` and summed."""
+    tokens = _blanked(tokens)
     losses = _policy_losses(settings, tokens)
     if settings.kl_coefficient:
         losses = losses + settings.kl_coefficient * loss.k3(tokens.logprobs, _wanted(tokens.reference, "reference"))
-    return torch.where(tokens.mask, losses, 0.0)
+    return losses
 
 
 def _policy_losses(settings: LossSettings, tokens: Tokens) -> Tensor:
@@ -135,6 +136,13 @@ def _clips(settings: LossSettings, tokens: Tokens) -> Tensor:
             return above | below
         case "grpo" | "decoupled_ppo":
             return (above & (tokens.advantages > 0)) | (below & (tokens.advantages < 0))
+
+
+def _blanked(tokens: Tokens) -> Tokens:
+    """0 wherever the mask is False: a mask on the loss alone lets an infinity there make every gradient NaN."""
+    tensors = {name: tensor for name, tensor in vars(tokens).items() if tensor is not None}
+    blanked = {name: torch.where(tokens.mask, tensor, 0.0) for name, tensor in tensors.items() if name != "mask"}
+    return replace(tokens, **blanked)
 
 
 def _wanted(tensor: Tensor | None, name: str) -> Tensor:

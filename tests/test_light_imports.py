@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-HEAVY = ("ray", "torch", "vllm", "monarch", "docker", "temporalio", "huggingface_hub")
+HEAVY = ("ray", "torch", "vllm", "monarch", "docker", "temporalio", "huggingface_hub", "numpy", "matplotlib")
 LIGHT = (
     "bridge.plan",
     "bridge.problems",
@@ -15,6 +15,14 @@ LIGHT = (
     "bridge.graph",
     "bridge.plan_schema",
     "bridge.cli.plan",
+    "rl",
+    "rl.types",
+    "rl.prompts",
+    "rl.scripted",
+    "rl.rollout",
+    "rl.evaluation",
+    "rl.evaluation_plot",
+    "rl.loss_settings",
 )
 
 
