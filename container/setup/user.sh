@@ -17,6 +17,8 @@ if [[ -d /etc/sudoers.d ]]; then
   printf '#%s ALL=(ALL) NOPASSWD: ALL\n' "$uid" >/etc/sudoers.d/kvothe
   chmod 440 /etc/sudoers.d/kvothe
 fi
+# A login shell, such as Ray's cluster launcher uses, begins with the distribution's PATH.
+printf 'PATH=%q\n' "$PATH" >/etc/profile.d/sygaldry.sh
 for folder in /workspace /opt/spack_store /opt/bazel_cache /opt/hf_cache; do
   install --directory --owner "$uid" --group "$gid" "$folder"
 done
