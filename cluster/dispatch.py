@@ -97,9 +97,6 @@ class RayDispatch:
         handle = self._handles.get(request.key)
         if handle is None:
             handle = RayHandle(self, request, resources)
-            if resources.image:
-                handle.result.set_result(_image_refused(resources.image))
-                return handle
             self._handles[request.key] = handle
             self._send_start(handle)
         if self._keeper is None or self._keeper.done():
@@ -219,11 +216,6 @@ class RayDispatch:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(driver.pid, signal.SIGKILL)
             await driver.wait()
-
-
-def _image_refused(image: str) -> StepResult:
-    error = f"the step asks for image `{image}`, and Ray actors cannot run in an image yet\n\nhint: remove `image`"
-    return StepResult(outcome="failed", reason="image", error=error, final=True)
 
 
 def _import_path() -> str:

@@ -384,12 +384,6 @@ async def test_a_ray_call_is_a_step(bench: Bench) -> None:
     assert (await handle.wait()).outputs["greeting"] == "hello Bob"
 
 
-async def test_an_image_is_refused_with_a_hint(bench: Bench) -> None:
-    result = await bench.run(bench.shell("true"), image="some/image")
-    assert (result.outcome, result.final) == ("failed", True)
-    assert "some/image" in result.error
-
-
 async def test_a_wrong_token_is_named(ray_head: Any, tmp_path: Path) -> None:
     token_file = tmp_path / "token"
     token_file.write_text("0" * 64)

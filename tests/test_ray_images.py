@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import socket
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -136,7 +137,8 @@ async def until(handle: RayHandle, wanted: Callable[[Progress], object]) -> Prog
             found.set_result(progress)
 
     waiting = asyncio.ensure_future(handle.wait(listen))
-    await asyncio.wait({found, waiting}, timeout=120, return_when=asyncio.FIRST_COMPLETED)
+    ends: set[asyncio.Future[Any]] = {found, waiting}
+    await asyncio.wait(ends, timeout=120, return_when=asyncio.FIRST_COMPLETED)
     waiting.cancel()
     assert found.done(), f"got {handle.progress} and {handle.result}"
     return found.result()
@@ -155,7 +157,7 @@ async def test_a_step_runs_in_its_image_with_its_limits_and_its_actor_stays_warm
     assert (Path(first.attempt_dir) / "stderr.log").read_text() == "looked around\n"
     image_id = bench.engine.images.get(bench.image).id
     assert first.image == f"{bench.image}@{image_id}"
-    assert first.node == psutil.os.uname().nodename
+    assert first.node == socket.gethostname()
 
 
 async def test_nothing_of_the_hosts_environment_is_inside_but_secrets_are(bench: Bench) -> None:
