@@ -8,7 +8,7 @@ For a seed, questions and answers are the original's, to the bit.
 import operator
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from rl.types import Operator, Prompt, Task, TaskName, ToolCall
 from rl.zorplex_table import WORDS, fetch_key, redirect_table, resolve, value_table
@@ -25,6 +25,9 @@ class Zorplex(ABC):
     def __init__(self, task: Task, table_seed: int) -> None:
         self.task = task
         self.table_seed = table_seed
+        self.values = value_table(table_seed)
+        self.table: Mapping[str, int | str] = self.values
+        """What `LOOKUP` says about a word."""
         self._rng = random.Random(table_seed)
 
     def prompts(self) -> Iterator[Prompt]:
@@ -36,9 +39,9 @@ class Zorplex(ABC):
             yield self._draw(rng, number)
             number += 1
 
-    @abstractmethod
     def call(self, tool: str, argument: str) -> str:
         """What the tool says; an unknown tool, word or key has an answer of its own, e.g. `UNKNOWN`."""
+        return str(self.table.get(argument.lower(), "UNKNOWN")) if tool == "LOOKUP" else "UNKNOWN_TOOL"
 
     @abstractmethod
     def solution(self, prompt: Prompt) -> list[ToolCall]:
@@ -62,21 +65,12 @@ class Simple(Zorplex):
 
     description = "Single LOOKUP call"
 
-    def __init__(self, task: Task, table_seed: int) -> None:
-        super().__init__(task, table_seed)
-        self.table = value_table(table_seed)
-
-    def call(self, tool: str, argument: str) -> str:
-        if tool not in self.tools:
-            return "UNKNOWN_TOOL"
-        return str(self.table.get(argument.lower(), "UNKNOWN"))
-
     def solution(self, prompt: Prompt) -> list[ToolCall]:
         return [self._called("LOOKUP", word) for word in prompt.words]
 
     def _draw(self, rng: random.Random, number: int) -> Prompt:
         word = rng.choice(WORDS)
-        return self._about_one_word(number, word, self.table[word])
+        return self._about_one_word(number, word, self.values[word])
 
 
 class Compositional(Simple):
@@ -88,9 +82,9 @@ class Compositional(Simple):
         words = tuple(rng.sample(WORDS, 3 if self.task.difficulty == "hard" else 2))
         symbols: list[Operator] = ["+"] if self.task.difficulty == "easy" else ["+", "-", "*"]
         symbol = rng.choice(symbols)
-        answer = self.table[words[0]]
+        answer = self.values[words[0]]
         for word in words[1:]:
-            answer = OPERATORS[symbol](answer, self.table[word])
+            answer = OPERATORS[symbol](answer, self.values[word])
         terms = f" {symbol} ".join(f"zorplex('{word}')" for word in words)
         return Prompt(
             task=self.task,
@@ -116,10 +110,10 @@ class MultiStep(Simple):
     def call(self, tool: str, argument: str) -> str:
         if tool == "GETKEY":
             word = argument.lower()
-            return fetch_key(word, self.table_seed) if word in self.table else "UNKNOWN_WORD"
+            return fetch_key(word, self.table_seed) if word in self.values else "UNKNOWN_WORD"
         if tool == "FETCH":
             found = self._word_of.get(argument.upper())
-            return "INVALID_KEY" if found is None else str(self.table[found])
+            return "INVALID_KEY" if found is None else str(self.values[found])
         return "UNKNOWN_TOOL"
 
     def solution(self, prompt: Prompt) -> list[ToolCall]:
@@ -137,19 +131,12 @@ class Recursive(Zorplex):
         self.table = redirect_table(table_seed, task.max_depth, self._rng)
         self._redirectors = [word for word, found in self.table.items() if isinstance(found, str)]
 
-    def call(self, tool: str, argument: str) -> str:
-        if tool not in self.tools:
-            return "UNKNOWN_TOOL"
-        return str(self.table.get(argument.lower(), "UNKNOWN"))
-
     def solution(self, prompt: Prompt) -> list[ToolCall]:
         return [self._called("LOOKUP", word) for word in resolve(self.table, prompt.words[0])]
 
     def _draw(self, rng: random.Random, number: int) -> Prompt:
         word = rng.choice(self._redirectors)
-        answer = self.table[resolve(self.table, word)[-1]]
-        assert isinstance(answer, int)
-        return self._about_one_word(number, word, answer)
+        return self._about_one_word(number, word, self.values[resolve(self.table, word)[-1]])
 
 
 TASKS: dict[TaskName, type[Zorplex]] = {

@@ -5,6 +5,7 @@ seed -> value_table (simple, compositional, multi_step); redirect_table (recursi
 
 import hashlib
 import random
+from collections.abc import Mapping
 from itertools import pairwise
 
 WORDS = (
@@ -58,7 +59,7 @@ def redirect_table(seed: int, max_depth: int, rng: random.Random) -> dict[str, i
     return {**{word: values[word] for word in terminals}, **{word: SEE + other for word, other in target.items()}}
 
 
-def resolve(table: dict[str, int | str], word: str) -> list[str]:
+def resolve(table: Mapping[str, int | str], word: str) -> list[str]:
     """The words from `word` to the one with a value, both included."""
     chain = [word]
     for _ in range(len(table)):
