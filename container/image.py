@@ -219,9 +219,7 @@ def _only_one(name: str, deadline: float) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise ImageError(
-                        f"another process builds this image and has not ended; it holds `{path}`"
-                    ) from None
+                    raise ImageError(f"another process still builds this image; it holds `{path}`") from None
                 time.sleep(0.5)
         yield
     finally:
