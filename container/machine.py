@@ -11,9 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-PROGRAM_TIMEOUT_S = 30.0
-"""A driver that hangs makes its programs hang; they are ended after this."""
-
 
 class Ran(NamedTuple):
     """What a program said."""
@@ -39,8 +36,12 @@ class Machine(Protocol):
         """Whether this user may read and write `path`."""
 
 
+@dataclass(frozen=True)
 class ThisMachine:
     """The machine this process runs on."""
+
+    timeout_s: float = 30.0
+    """A driver that hangs makes its programs hang; they are ended after this."""
 
     def run(self, *argv: str) -> Ran | None:
         """Run a program; one that hangs ends with code 124."""
@@ -49,13 +50,13 @@ class ThisMachine:
                 argv,
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
-                timeout=PROGRAM_TIMEOUT_S,
+                timeout=self.timeout_s,
                 env={**os.environ, "LC_ALL": "C.UTF-8"},
             )
         except OSError:
             return None
         except subprocess.TimeoutExpired:
-            return Ran(124, "", f"`{argv[0]}` did not end within {PROGRAM_TIMEOUT_S:.0f} s")
+            return Ran(124, "", f"`{argv[0]}` did not end within {self.timeout_s:g} s")
         return Ran(done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"))
 
     def read(self, path: str) -> str | None:

@@ -66,7 +66,7 @@ class Outputs(Frozen):
 
 
 def run(params: Params, context: Context) -> StepOutputs:
-    if params.launcher_path and (context.plan_dir / params.launcher_path).is_file():
+    if params.launcher_path and _is_foreign(context.plan_dir / params.launcher_path):
         return _run_launcher(params, context)
 
     from container.launch import LaunchError
@@ -192,6 +192,14 @@ def _environment(params: Params, context: Context) -> tuple[dict[str, str], dict
         if name in SECRET_NAMES or any(hidden in value for hidden in values)
     }
     return {name: value for name, value in whole.items() if name not in secret}, secret
+
+
+def _is_foreign(launcher: Path) -> bool:
+    """Whether there is such a script and it is not our own, which could do no more than we do."""
+    import container
+
+    own = Path(container.__file__ or "").with_name("launch_container.sh")
+    return launcher.is_file() and not (own.is_file() and launcher.samefile(own))
 
 
 def _run_launcher(params: Params, context: Context) -> StepOutputs:

@@ -30,13 +30,20 @@ if TYPE_CHECKING:
 )
 @click.option("--spack-packages", metavar="SOURCE", help="The same for Spack's package repository.")
 @click.option("--python", "python_version", metavar="3.N", help="Python of the Ray node; by default this project's.")
+@click.option(
+    "--apt-snapshot", metavar="MOMENT", help="Archive of Debian or Ubuntu to install from, `20260101T000000Z`."
+)
+@click.option(
+    "--site",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder with a site's certificates and indexes, see container/site/README.md; $SYGALDRY_SITE by default.",
+)
 @click.option("--no-cache", is_flag=True, help="Build though there is one, and use no layer of earlier builds.")
 @click.option("--quiet", is_flag=True, help="Show nothing of the build, unless it fails.")
 @click.option("--json", "as_json", is_flag=True, help="The image as one JSON document on stdout.")
 def build(no_cache: bool, quiet: bool, as_json: bool, **given: Any) -> None:
     """Build the standard image, unless there is one made from the same Dockerfile and inputs.
 
-    A site's certificates and package indexes are those of this machine, or the folder $SYGALDRY_SITE.
     Exit code 2 when it cannot be built, 3 when no engine answers.
     """
     from container.image import build as build_image

@@ -17,6 +17,7 @@ Function = Callable[..., Any]
 PROJECT_PROGRAM = ("python3", "/opt/sygaldry/entrypoints/_project.py")
 """What `run` and `sync` start in the container."""
 
+_REPORTS = "/run/sygaldry/reports"
 _COMMAND_FIRST = {"allow_interspersed_args": False}
 """Options after the first word of the command are the command's."""
 
@@ -146,10 +147,19 @@ def sync(requirements: str | None, extras: tuple[str, ...], groups: tuple[str, .
 
 @click.command("verify-gpu")
 @click.option("--json", "as_json", is_flag=True, help="The report as one JSON document on stdout.")
+@click.option("--report", type=click.Path(dir_okay=False, path_type=Path), help="Also write the JSON report there.")
+@click.option("--frameworks", metavar="NAMES", help="What to check: `torch`, `jax` or `torch,jax` (default).")
 @launch_options
-def verify_gpu(as_json: bool, **given: Any) -> None:
-    """Check in a container that its GPUs can be used by torch and JAX. Exit code 0 when they can."""
-    start("verify-gpu", ["--json"] if as_json else [], given)
+def verify_gpu(as_json: bool, report: Path | None, frameworks: str | None, **given: Any) -> None:
+    """Check in a container that torch and JAX compute on its GPUs. Exit code 0 when they do, 1 when not."""
+    command = ["--json"] if as_json else []
+    command += ["--frameworks", frameworks] if frameworks else []
+    if report:
+        if not report.absolute().parent.is_dir():
+            raise Failure(f"`{report.absolute().parent}` is not a folder")
+        command += ["--report", f"{_REPORTS}/{report.name}"]
+        given["mounts"] = (*given["mounts"], f"{report.absolute().parent}:{_REPORTS}")
+    start("verify-gpu", command, given)
 
 
 def start(entrypoint: str, command: Sequence[str], given: dict[str, Any], *, of_project: bool = False) -> None:
