@@ -151,6 +151,10 @@ class Client:
         """What changed since sequence number `since`: at once when something did, else after `wait_s` seconds."""
         return await self._runs.progress(workflow_id, run_id, since, wait_s)
 
+    async def find(self, workflow_id: str) -> RunSummary:
+        """The newest run with this workflow id; needs no worker. Raises `RunNotFound`."""
+        return await self._runs.find(workflow_id)
+
     async def runs(self, limit: int = 50) -> list[RunSummary]:
         """Newest runs first."""
         return await self._runs.newest_first(limit)

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from bridge.client import Client, SecretsNeeded
 from bridge.problems import PlanError
 
-METHODS = frozenset({"submit", "progress", "report", "wait", "runs", "cancel", "retry", "explain"})
+METHODS = frozenset({"submit", "find", "progress", "report", "wait", "runs", "cancel", "retry", "explain"})
 _LONGEST_LINE = 64 * 1024 * 1024
 
 

@@ -94,13 +94,13 @@ class JobFiles:
         with self._locked() as kept:
             if kept.run_id != run_id or (is_running and kept.state == "LOST"):
                 self._take_over(kept, run_id)
-            self._copy_output(kept)
             if kept.goes_on:
                 host, now = self.host(kept), time.time()
                 if host is not None and (self._write_pid(host) or kept.msg != "running"):
                     self._publish(kept, "PROGRESS", "running", heartbeat_at=now)
                 elif is_running and now - kept.heartbeat_at >= self.record.heartbeat_s:
                     self._publish(kept, "PROGRESS", "running" if host else "waiting", heartbeat_at=now)
+            self._copy_output(kept)
             self._repair(kept)
             return kept
 

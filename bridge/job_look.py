@@ -1,7 +1,7 @@
 """What has become of a job: asked of whoever runs it, else read from what it has left behind.
 
-    look -> files say it has ended?          that is it
-         -> the service knows the run?       its progress, or the end from its report
+    look -> its files say it has ended?      that is it
+         -> the service knows the run?       it goes on, or its report says how it ended
          -> nobody knows the run:            the result or the process of its last attempt, else LOST
 
 LOST is a job that nobody will finish: the service does not know its run, its process is gone and has left no result.
@@ -38,13 +38,12 @@ def look(record: JobRecord, ask: Ask, *, is_launcher: bool = False) -> Kept:
     kept = files.read()
     if not kept.goes_on:
         return kept
-    key = {"workflow_id": record.workflow_id, "run_id": None}
-    progress = ask("progress", **key, since=2**62, wait_s=0.0)
-    if progress is None:
+    run = ask("find", workflow_id=record.workflow_id)
+    if run is None:
         return kept if not is_launcher and files.is_being_launched() else _left_behind(files, kept)
-    if progress["state"] in UNFINISHED:
-        return files.catch_up(progress["run_id"], is_running=False)
-    report = ask("report", workflow_id=record.workflow_id, run_id=progress["run_id"])
+    if run["state"] in UNFINISHED:
+        return files.catch_up(run["run_id"], is_running=False)
+    report = ask("report", workflow_id=record.workflow_id, run_id=run["run_id"])
     return files.read() if report is None else conclude_from(record, report)
 
 

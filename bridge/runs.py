@@ -12,7 +12,7 @@ from collections.abc import Awaitable
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from temporalio.client import Client, WorkflowExecutionStatus, WorkflowFailureError, WorkflowHandle
+from temporalio.client import Client, WorkflowExecution, WorkflowExecutionStatus, WorkflowFailureError, WorkflowHandle
 from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
 
@@ -103,20 +103,13 @@ class Runs:
         """Newest runs first."""
         summaries = []
         async for execution in self._temporal.list_workflows('WorkflowType="PlanWorkflow"', limit=limit * 2):
-            if execution.status not in _STATES:
-                continue
-            memo = await execution.memo()
-            summaries.append(
-                RunSummary(
-                    workflow_id=execution.id,
-                    run_id=execution.raw_info.first_run_id or execution.run_id,
-                    plan=str(memo.get("plan", "")),
-                    state=_STATES[execution.status],
-                    started_at=execution.start_time.timestamp(),
-                    finished_at=execution.close_time.timestamp() if execution.close_time else None,
-                )
-            )
+            if execution.status in _STATES:
+                summaries.append(await _summary(execution))
         return sorted(summaries, key=lambda summary: -summary.started_at)[:limit]
+
+    async def find(self, workflow_id: str) -> RunSummary:
+        """The newest run with this workflow id, as the server alone can tell: no worker is asked."""
+        return await _summary(await _found(self._temporal.get_workflow_handle(workflow_id).describe(), workflow_id))
 
     async def cancel(self, workflow_id: str, run_id: str | None) -> None:
         """Ask a run to cancel. Raises `RunConflict` when it has ended."""
@@ -196,6 +189,18 @@ class Runs:
             everything = await self._ask_progress(workflow_id, 0)
             steps.update({step.id: step for step in everything.steps if step.id in missing})
         return [step.model_copy(update={"progress": said.get(step.id, step.progress)}) for step in steps.values()]
+
+
+async def _summary(execution: WorkflowExecution) -> RunSummary:
+    memo = await execution.memo()
+    return RunSummary(
+        workflow_id=execution.id,
+        run_id=execution.raw_info.first_run_id or execution.run_id,
+        plan=str(memo.get("plan", "")),
+        state=_STATES.get(execution.status, "running"),
+        started_at=execution.start_time.timestamp(),
+        finished_at=execution.close_time.timestamp() if execution.close_time else None,
+    )
 
 
 async def _found(call: Awaitable[T], workflow_id: str) -> T:

@@ -25,7 +25,7 @@ RECOVERY_LIMIT_S = 60.0
 """How long a broken connection is repaired before the command gives up."""
 RECOVERY_PAUSE_S = 0.1
 
-REPEATABLE = {"progress", "report", "wait", "runs", "cancel", "explain"}
+REPEATABLE = {"find", "progress", "report", "wait", "runs", "cancel", "explain"}
 """Methods that may be sent again when the connection broke before the answer came."""
 
 TRANSIENT = {"RPCError", "TimeoutError"}

@@ -4,6 +4,7 @@ run -- COMMAND -> record, START -> submit (a plan of one step) -> job, run, path
 """
 
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -206,9 +207,8 @@ def stop(job: str, run: str | None, project_id: str, project_root: Path | None, 
         kept = watcher.wait(timeout_s, until=lambda kept: not JobFiles(record).is_being_launched())
         had_ended = not kept.goes_on
         if not had_ended:
-            key = {"workflow_id": record.workflow_id, "run_id": None}
-            if progress := ask_of(connection)("progress", **key, since=2**62, wait_s=0.0):
-                cancel(connection, record.workflow_id, progress["run_id"])
+            if known := ask_of(connection)("find", workflow_id=record.workflow_id):
+                cancel(connection, record.workflow_id, known["run_id"])
             else:
                 stop_orphan(record)
             kept = watcher.wait(timeout_s)
@@ -283,8 +283,10 @@ def _pair(text: str) -> tuple[str, str]:
 
 def _absolute(mount: str) -> str:
     """A mount whose host path starts at the current directory."""
-    host, colon, rest = mount.partition(":")
-    return f"{Path.cwd() / Path(host).expanduser()}{colon}{rest}"
+    found = re.fullmatch(r"([^:]+)(:/[^:]*(:ro|:rw)?)", mount)
+    if found is None:
+        raise Failure(f"got `--mount {mount}`, wanted `HOST:/CONTAINER`, or that with `:ro`")
+    return f"{Path.cwd() / Path(found[1]).expanduser()}{found[2]}"
 
 
 def _print_started(record: JobRecord, as_json: bool, *, quiet: bool) -> None:
