@@ -11,6 +11,8 @@ from typing import Any
 from urllib.parse import quote
 
 TIMEOUT_S = 60.0
+NOT_FOUND = 404
+"""Status of an answer about a container that there is none of."""
 _DEFAULT = "unix:///var/run/docker.sock"
 
 
@@ -69,12 +71,16 @@ class EngineSocket:
             position += 8 + length
         return text.decode(errors="replace").strip()
 
+    def stop(self, name: str, grace_s: int) -> None:
+        """Ask a container to end, and kill it when it has not after `grace_s`; nothing happens when it has ended."""
+        self._call("POST", f"/containers/{quote(name)}/stop?t={grace_s}")
+
     def remove(self, name: str) -> None:
         """Kill and remove a container; nothing happens when it is gone, or somebody else is removing it."""
         try:
             self._call("DELETE", f"/containers/{quote(name)}?force=true&v=true")
         except EngineError as error:
-            if error.status not in (404, 409):
+            if error.status not in (NOT_FOUND, 409):
                 raise
 
     def _call(self, method: str, path: str, body: Any = None) -> bytes:

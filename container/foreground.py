@@ -23,6 +23,8 @@ from container.command_line import docker_run
 from container.launch import SECRETS_IN_CONTAINER, Job, LaunchError, run_options, write_secrets
 from container.mounts import Mount
 
+GRACE_S = 10
+"""Between SIGTERM and SIGKILL for a container whose launch has been killed."""
 KIND_LABEL = "orchestrate.foreground"
 """Label whose value is the entrypoint; by it containers that people started are told from those of steps."""
 
@@ -93,7 +95,7 @@ def execute(call: Call, env: Mapping[str, str]) -> NoReturn:
         raise LaunchError(
             f"a container `{call.name}` is being started already\n\nhint: give another name with `--name`"
         ) from error
-    reaper.start_watch([os.getpid()], call.name, env)
+    reaper.start_watch([os.getpid()], call.name, env, GRACE_S)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     # Python ignores it; the program that takes our place must not.

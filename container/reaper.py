@@ -12,10 +12,10 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from container.engine_socket import EngineError, EngineSocket
+from container.engine_socket import NOT_FOUND, EngineError, EngineSocket
 
 OWNER_LABEL = "orchestrate.owner"
 _OWNER_FILE = "owner"
@@ -63,20 +63,21 @@ def reap(env: Mapping[str, str]) -> list[str]:
                 engine.remove(name)
                 removed.append(name)
     for folder in _private_root().glob(f"{_PREFIX}-{os.getuid()}-*"):
-        with contextlib.suppress(OSError, ValueError):
-            if is_gone((folder / _OWNER_FILE).read_text()):
+        with contextlib.suppress(ValueError):
+            if is_gone(_claim(folder)):
                 shutil.rmtree(folder, ignore_errors=True)
     return removed
 
 
-def start_watch(pids: Sequence[int], name: str, env: Mapping[str, str]) -> None:
-    """Start the process that removes container `name` and its files when one of `pids` has ended.
+def start_watch(pids: Sequence[int], name: str, env: Mapping[str, str], grace_s: int = 0) -> None:
+    """Start the process that removes container `name` and its files, if one of `pids` owns it, when one has ended.
 
+    A container that still runs is asked to end, and killed `grace_s` later.
     Nobody's child, in a session of its own and with nothing of the caller's environment, so that what ends the caller
     and all it has started spares it.
     """
     root = str(Path(__file__).parent.parent)
-    argv = [sys.executable, "-SEc", _RUNNER, root, name, *(f"{pid}:{_start_ticks(pid)}" for pid in pids)]
+    argv = [sys.executable, "-SEc", _RUNNER, root, name, str(grace_s), *(f"{pid}:{_start_ticks(pid)}" for pid in pids)]
     shell = ["/bin/sh", "-c", '"$@" &', "sh", *argv]
     own = {key: env[key] for key in ("DOCKER_HOST", "PATH", "XDG_RUNTIME_DIR", "TMPDIR") if key in env}
     null = os.open(os.devnull, os.O_RDWR)
@@ -90,7 +91,7 @@ def start_watch(pids: Sequence[int], name: str, env: Mapping[str, str]) -> None:
 def main() -> None:
     """The process of `start_watch`."""
     os.chdir("/")
-    name, *watched = sys.argv[1:]
+    name, grace_s, *watched = sys.argv[1:]
     poller = select.poll()
     for text in watched:
         pid, _, ticks = text.partition(":")
@@ -103,22 +104,41 @@ def main() -> None:
         poller.register(descriptor, select.POLLIN)
     else:
         poller.poll()
-    remove(name, os.environ)
+    owners = ["_".join((_boot(), _pid_space(), *text.split(":"))) for text in watched]
+    remove(name, os.environ, owners, int(grace_s))
     # A container whose making was under way when the owner died appears a moment later.
     time.sleep(_PAUSE_S)
     reap(os.environ)
 
 
-def remove(name: str, env: Mapping[str, str]) -> None:
-    """Remove a container and its files; an engine that does not answer is asked again for a minute."""
-    shutil.rmtree(private_folder(name), ignore_errors=True)
+def remove(name: str, env: Mapping[str, str], owners: Collection[str] = (), grace_s: int = 0) -> None:
+    """Remove a container and its files; with `owners`, only what one of them claims: others may use the same name.
+
+    An engine that does not answer is asked again for a minute.
+    """
+    if not owners or _claim(private_folder(name)) in owners:
+        shutil.rmtree(private_folder(name), ignore_errors=True)
     for _ in range(_TRIES):
         try:
-            EngineSocket(env).remove(name)
-        except EngineError:
+            engine = EngineSocket(env)
+            if owners and (engine.inspect(name)["Config"]["Labels"] or {}).get(OWNER_LABEL) not in owners:
+                return
+            if grace_s:
+                engine.stop(name, grace_s)
+            engine.remove(name)
+        except EngineError as error:
+            if error.status == NOT_FOUND:
+                return
             time.sleep(_PAUSE_S)
         else:
             return
+
+
+def _claim(folder: Path) -> str:
+    try:
+        return (folder / _OWNER_FILE).read_text()
+    except OSError:
+        return ""
 
 
 def _private_root() -> Path:

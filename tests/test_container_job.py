@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import container
 from container.launch import Job, LaunchError, attach_or_start, entrypoint_names, remove, run_options
 from container.mounts import Mount, container_root, parse_mounts
 from steps import StepCancelled, StepError, StepFailed
@@ -341,7 +340,7 @@ def test_a_launcher_that_is_not_there_leaves_it_to_us(small_image, job_context):
 
 
 def test_our_own_launcher_is_no_other_way(small_image, job_context, tmp_path):
-    (tmp_path / "container").symlink_to(Path(container.__file__).parent)
+    (tmp_path / "container").symlink_to(Path(__file__).parent.parent / "container")
     context = job_context()
     params = Params(
         command="echo $MINE", launcher_path="container/launch_container.sh", image=small_image, env={"MINE": "1"}

@@ -73,8 +73,9 @@ class Request:
                 reaper.reap(env)
             image, image_env = _image(client, self.image or env.get("SYGALDRY_IMAGE") or DEFAULT_NAME, may_change)
             choice = choose(asked, env, info, ThisMachine(), image_env, lambda text: say(f"warning: {text}"))
+        name = self.name or new_name(project, self.entrypoint)
         job = Job(
-            key=f"foreground/{project}/{os.urandom(4).hex()}/1",
+            key=f"foreground/{project}/{name}/1",
             command=self.command,
             project_id=project,
             root=container_root(env, project),
@@ -91,7 +92,7 @@ class Request:
             cpus=self.cpus or 0,
             network=self.network or ("bridge" if ports else "host"),
             ports=ports,
-            container_name=self.name or new_name(project, self.entrypoint),
+            container_name=name,
         )
         return job, info
 
