@@ -6,8 +6,10 @@ The hash is over our files and the versions of the rest, so a kit never changes 
 it fit the Python minor version they were installed for; Ray wants the same one on both sides anyway.
 """
 
+import compileall
 import hashlib
 import os
+import py_compile
 import re
 import shutil
 import sys
@@ -17,9 +19,13 @@ from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 
+from container.worker import KIT
+
 PACKAGES = ("cluster", "container", "steps")
-NEEDS = ("pydantic", "psutil", "httpx", "huggingface-hub")
-"""Distributions that steps use in a container, without those they need in turn."""
+NEEDS_AT_START = ("pydantic", "psutil")
+"""Distributions that every actor imports, without those they need in turn; in the kit they are compiled."""
+NEEDS = (*NEEDS_AT_START, "httpx", "huggingface-hub")
+"""Those that steps use in a container."""
 _UNUSED_S = 30 * 86_400.0
 
 
@@ -38,7 +44,13 @@ def ensure_kit(root: Path) -> Path:
                 goal = making / path.relative_to(own)
                 goal.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(path, goal)
-        for name in _closure():
+        at_start = _closure(NEEDS_AT_START)
+        for name in at_start:
+            _copy_distribution(metadata.distribution(name), making)
+        # Nobody can write beside them in a container, and a kit's files never change.
+        unchecked = py_compile.PycInvalidationMode.UNCHECKED_HASH
+        compileall.compile_dir(making, quiet=2, stripdir=making, prependdir=KIT, invalidation_mode=unchecked)
+        for name in set(_closure(NEEDS)) - set(at_start):
             _copy_distribution(metadata.distribution(name), making)
         making.chmod(0o755)
         making.rename(kit)
@@ -67,7 +79,7 @@ def _identity() -> str:
     for package in PACKAGES:
         for path in _sources(own / package):
             digest.update(f"{path.relative_to(own)}\0".encode() + path.read_bytes())
-    for name in _closure():
+    for name in _closure(NEEDS):
         digest.update(f"{name} {metadata.version(name)}\n".encode())
     return digest.hexdigest()[:16]
 
@@ -76,11 +88,11 @@ def _sources(package: Path) -> list[Path]:
     return sorted(package.rglob("*.py"))
 
 
-@lru_cache(maxsize=1)
-def _closure() -> tuple[str, ...]:
-    """`NEEDS` and all they require, extras aside, as far as it is installed."""
+@lru_cache(maxsize=2)
+def _closure(names: tuple[str, ...]) -> tuple[str, ...]:
+    """These distributions and all they require, extras aside, as far as it is installed."""
     found: set[str] = set()
-    waiting = list(NEEDS)
+    waiting = list(names)
     while waiting:
         name = waiting.pop()
         if name in found:
