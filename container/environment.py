@@ -105,7 +105,7 @@ class Environment:
 
     @property
     def lock_hash(self) -> str:
-        """64 hex digits of what is locked, however the file is formatted. Raises `EnvironmentProblem` without a lock."""
+        """64 hex digits of what is locked, however it is formatted. Raises `EnvironmentProblem` without a lock."""
         lock = self._locked()
         locked = {"roots": lock["roots"], "concrete_specs": lock["concrete_specs"]}
         return hashlib.sha256(json.dumps(locked, sort_keys=True).encode()).hexdigest()
