@@ -20,6 +20,7 @@ GROUPS = {
     "bridge.cli.plan": ("validate", "graph", "schema", "steps"),
     "bridge.cli.job": ("job",),
     "bridge.cli.services": ("up", "down", "status"),
+    "bridge.cli.cluster": ("cluster",),
     "bridge.cli.worker": ("worker",),
     "bridge.cli.secret": ("secret", "key"),
     "bridge.cli.container": ("container",),
