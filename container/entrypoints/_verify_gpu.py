@@ -77,7 +77,8 @@ def main() -> int:
 
 def examine(names: list[str], timeout_s: float) -> dict[str, Any]:
     """Everything found, and in `problems` what is wrong in words."""
-    gpus, problems = [], []
+    gpus: list[dict[str, str]] = []
+    problems: list[str] = []
     lines = output(["nvidia-smi", "--query-gpu=" + ",".join(QUERY), "--format=csv,noheader,nounits"], problems)
     for line in lines.splitlines():
         values = dict(zip(QUERY, (value.strip() for value in line.split(",")), strict=False))
@@ -114,7 +115,7 @@ def examine(names: list[str], timeout_s: float) -> dict[str, Any]:
 
 def probe(name: str, timeout_s: float) -> dict[str, Any]:
     """What one framework finds, in a process of its own."""
-    failed = {"installed": None, "usable": False, "version": None, "devices": []}
+    failed: dict[str, Any] = {"installed": None, "usable": False, "version": None, "devices": []}
     program = FRAME.replace("NAME", repr(name)).replace("PROBE", repr(PROBES[name]))
     try:
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=timeout_s)
@@ -147,9 +148,8 @@ def output(argv: list[str], problems: list[str]) -> str:
 
 def describe(report: dict[str, Any]) -> str:
     """The report for people."""
-    lines = [
-        f"driver {report['driver']['version'] or '-'}  CUDA {report['driver']['cuda'] or '-'}  nvcc {report['nvcc'] or '-'}"
-    ]
+    driver = report["driver"]
+    lines = [f"driver {driver['version'] or '-'}  CUDA {driver['cuda'] or '-'}  nvcc {report['nvcc'] or '-'}"]
     for gpu in report["gpus"]:
         lines.append(
             f"GPU {gpu['index']}  {gpu['name']}  {gpu['memory_mib'] or '?'} MiB  sm {gpu['compute_capability']}"
