@@ -12,7 +12,7 @@ from bridge.expressions import is_template, script_position
 from bridge.fields import validate
 from bridge.order import cycle_text, cycles, dependencies, topological_order, waits_for
 from bridge.params import declared_fault, resolve_params
-from bridge.plan import Condition, Plan, Step
+from bridge.plan import Condition, Plan, Step, with_defaults
 from bridge.problems import Finding, Path, PlanError, Problem, brief, nearest_hint, path_text
 from bridge.scopes import TemplateChecks, field_path, known_outputs
 from bridge.shell import python_script
@@ -75,8 +75,10 @@ class _Checks:
             yield from templates.of_step(index, step, step_type)
             if step_type is not None:
                 yield from _params(index, step, step_type)
+                yield from _image(index, step, step_type)
             yield from step_values(index, step)
         yield from self._cycles()
+        yield from self._actors()
 
     def _outputs_of(self, step: Step) -> frozenset[str] | None:
         if step.id not in self.outputs:
@@ -174,6 +176,19 @@ class _Checks:
                         (*path, "outputs", output), f"step `{name}` has no output `{output}`", hint, at_key=True
                     )
 
+    def _actors(self) -> Iterator[Finding]:
+        """Steps that name the same actor must ask for the same, or each would get an actor of its own."""
+        first: dict[str, tuple[str, object]] = {}
+        for index, step in enumerate(with_defaults(self.plan).steps):
+            name = step.resources.actor if step.resources is not None else None
+            if name is None or is_template(name):
+                continue
+            other, asked = first.setdefault(name, (step.id, (step.resources, step.image)))
+            if asked != (step.resources, step.image):
+                message = f"steps `{other}` and `{step.id}` name the actor `{name}` and ask for different things"
+                path: Path = ("steps", index, "resources", "actor")
+                yield Finding(path, message, "give both the same `resources` and `image`, or another `actor`")
+
     def _cycles(self) -> Iterator[Finding]:
         position = {step.id: index for index, step in reversed(list(enumerate(self.plan.steps)))}
         for cycle in cycles(self.needed):
@@ -214,6 +229,14 @@ def _bad_id(step_id: str) -> str:
     if name.casefold() in _RESERVED:
         return f"step id `{step_id}` is the name of {_RESERVED[name.casefold()]}"
     return ""
+
+
+def _image(index: int, step: Step, step_type: StepType) -> Iterator[Finding]:
+    if step.image is not None and step_type.drives_engine:
+        own = "image" in step_type.params.model_fields
+        hint = f"the image of its containers stands in the block `{step.type}:`" if own else "remove `image`"
+        message = f"a `{step.type}` step drives the container engine and cannot run in an image itself"
+        yield Finding(("steps", index, "image"), message, hint)
 
 
 def _params(index: int, step: Step, step_type: StepType) -> Iterator[Finding]:

@@ -20,8 +20,9 @@ from steps import StepError, StepResult
 
 def cache_fields(call: StepCall, cache: StepCache) -> dict[str, str]:
     """What the cache key of a call is made of."""
-    resources = call.resources.model_dump(mode="json", exclude_defaults=True) if call.resources is not None else {}
-    return key_fields(call.request, call.cache or Cache(), image=call.image, resources=resources, hasher=cache.hasher)
+    # The name of an actor is no input of what runs there.
+    asked = call.resources.model_dump(mode="json", exclude_defaults=True, exclude={"actor"}) if call.resources else {}
+    return key_fields(call.request, call.cache or Cache(), image=call.image, resources=asked, hasher=cache.hasher)
 
 
 def keep(call: StepCall, fields: dict[str, str], result: StepResult, cache: StepCache) -> None:

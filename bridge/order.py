@@ -11,11 +11,11 @@ from bridge.problems import PlanError, Problem
 
 def rendered_values(step: Step) -> Iterator[tuple[str, Any]]:
     """Every field of a step in which templates are rendered, by the field's name in the model."""
-    for name in ("params", "env", "working_dir", "image", "matrix", "resources", "cache"):
+    for name in ("params", "env", "working_dir", "image", "matrix", "resources", "cache", "artifacts"):
         value = getattr(step, name)
-        if value is None or value is False or value is True or value == {}:
+        if value is None or value is False or value is True or value in ({}, []):
             continue
-        yield name, value if isinstance(value, str | dict) else value.model_dump(exclude_defaults=True)
+        yield name, value if isinstance(value, str | dict | list) else value.model_dump(exclude_defaults=True)
     if step.when is not None:
         yield "when", {str(index): outputs for index, outputs in enumerate(_wanted_outputs(step.when))}
 

@@ -1,12 +1,12 @@
 """Chooses where a step runs: beside the worker, or on a Ray node when it asks for resources or an image."""
 
 import asyncio
-import os
 from collections.abc import Callable
 
 from pydantic import ByteSize, TypeAdapter
 
 from bridge.calls import StepCall
+from bridge.current_cluster import chosen_cluster
 from bridge.dispatch import Dispatch, LocalDispatch
 from bridge.plan import Resources
 from bridge.services import start_ray
@@ -24,7 +24,8 @@ class Placement:
     def __init__(self, local: LocalDispatch, state: State) -> None:
         self._local = local
         self._state = state
-        self._ray: RayDispatch | None = None
+        self._rays: dict[str, RayDispatch] = {}
+        """By the address of the cluster; empty for the local Ray. Steps stay with the cluster they began on."""
 
     def choose(self, call: StepCall) -> Dispatch:
         """Where a call runs."""
@@ -34,15 +35,15 @@ class Placement:
 
     def on_ray(self, wanted: ResourceShape) -> Dispatch:
         """Ray nodes that have what is wanted."""
-        if self._ray is None:
-            self._ray = ray_dispatch(self._state)
-        return OnRay(self._ray, wanted)
+        address, _ = chosen_cluster(self._state)
+        if address not in self._rays:
+            self._rays[address] = ray_dispatch(self._state)
+        return OnRay(self._rays[address], wanted)
 
     async def close(self) -> None:
         """Let go of everything; running steps stay."""
         self._local.close()
-        if self._ray is not None:
-            await self._ray.close()
+        await asyncio.gather(*(ray.close() for ray in self._rays.values()))
 
 
 class OnRay:
@@ -69,11 +70,12 @@ class _RayHandle:
 
 
 def ray_dispatch(state: State) -> RayDispatch:
-    """Steps on the cluster that `RAY_ADDRESS` names, else on the local Ray, which is started when first needed."""
+    """Steps on the cluster that is chosen now, else on the local Ray, which is started when first needed."""
+    address, token_file = chosen_cluster(state)
 
     async def locate() -> RayLocation:
-        if address := os.environ.get("RAY_ADDRESS"):
-            return RayLocation(address=address, token_file=os.environ.get("RAY_AUTH_TOKEN_PATH", ""))
+        if address:
+            return RayLocation(address=address, token_file=token_file)
         ray = await asyncio.to_thread(start_ray, state)
         return RayLocation(address=ray.address, token_file=str(ray.token_file))
 
@@ -84,10 +86,12 @@ def shape(resources: Resources | None, image: str) -> ResourceShape:
     """What a plan's `resources` and `image` mean for Ray; a step that names no cpus gets one core."""
     wanted = resources or Resources()
     return ResourceShape(
+        nodes=int(float(wanted.nodes or 0)),
         cpus=1.0 if wanted.cpus is None else float(wanted.cpus),
         gpus=float(wanted.gpus or 0),
         memory=int(_BYTES.validate_python(wanted.memory or 0)),
         labels=wanted.labels,
         custom={name: float(amount) for name, amount in wanted.custom.items()},
         image=image,
+        actor=wanted.actor or "",
     )

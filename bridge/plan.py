@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from steps import Frozen
+from steps._registry import step_types
 
 Number = int | float | str
 """A number, or a `${{ }}` template that renders to one."""
@@ -43,16 +44,20 @@ class Param(Frozen):
 class Resources(Frozen):
     """What a step needs from a Ray node. Naming any of them sends the step to Ray."""
 
+    nodes: Number | None = None
+    """Different nodes that run the step together; each gives all that is asked for here, all of them or none."""
     cpus: Number | None = None
     """CPU cores; fractions are allowed."""
     gpus: Number | None = None
-    """GPUs; fractions are allowed."""
+    """GPUs; a part of one, or whole ones."""
     memory: int | str | None = None
     """Bytes, or a text like `8GiB`."""
     labels: dict[str, str] = {}
     """Ray node labels the node must have."""
     custom: dict[str, Number] = {}
     """Custom Ray resources and how much of each."""
+    actor: str | None = None
+    """Name of a Ray actor that serves, one by one, the plan's steps that name it: a loaded model is used again."""
 
 
 class Retry(Frozen):
@@ -182,6 +187,8 @@ class Step(Frozen):
     """Names of secrets put into the environment under their own name, or environment variable -> secret."""
     outputs: list[str] = []
     """Names of the outputs this step must write."""
+    artifacts: list[str] = []
+    """Files, folders and globs in the plan's folder that this step must make; they come back from any node."""
     cache: bool | Cache | None = None
     """Do not run the step again while all that it depends on is unchanged."""
 
@@ -209,7 +216,7 @@ class Plan(Frozen):
     defaults: Defaults = Defaults()
     """Values for steps that do not set their own."""
     image: str | None = None
-    """Container image for the Ray actors of steps that name none."""
+    """Container image for the Ray actors of steps that name none; steps that drive the engine itself need none."""
     max_parallel: Annotated[int, Field(ge=1)] | None = None
     """Most steps at a time."""
     on_failure: Literal["finish", "cancel"] = "finish"
@@ -239,6 +246,8 @@ def _with_defaults(step: Step, plan: Plan, defaults: Defaults) -> Step:
     }
     if own.get("image", step.image) is None:
         own["image"] = plan.image
+    if step.image is None and step.type in step_types() and step_types()[step.type].drives_engine:
+        own["image"] = None
     secrets = {**_variables(plan.secrets), **_variables(defaults.secrets), **_variables(step.secrets)}
     return step.model_copy(update={**own, "env": {**defaults.env, **step.env}, "secrets": secrets})
 

@@ -44,6 +44,8 @@ class StepReport(Frozen):
     image: str = ""
     gpus: list[str] = []
     outputs: dict[str, Any] = {}
+    artifacts: dict[str, str] = {}
+    """Path in the plan's folder -> `sha256:...` of each file the step has promised and made."""
     stdout_path: str = ""
     stderr_path: str = ""
     structured_path: str = ""
@@ -134,6 +136,7 @@ def step_report(
         image=result.image,
         gpus=list(result.gpus),
         outputs=result.outputs,
+        artifacts=result.artifacts,
         stdout_path=f"{folder}/stdout.log" if folder else "",
         stderr_path=f"{folder}/stderr.log" if folder else "",
         structured_path=f"{folder}/structured.jsonl" if folder else "",

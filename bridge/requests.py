@@ -5,6 +5,7 @@ from typing import Any
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
+from bridge.amounts import gang_of_an_actor, is_name, wanted_instead
 from bridge.calls import RunInput, StepCall
 from bridge.expressions import render, render_params, to_text
 from bridge.plan import DEFAULT_TIMEOUT_S, Cache, Resources
@@ -31,6 +32,11 @@ def step_call(
     env = {**scope["env"], **_texts(render(step.env, own))}
     own["env"] = env
     working_dir = render(step.working_dir or "", own)
+    resources, image = _resources(step.resources, own), str(render(step.image or "", own))
+    artifacts = [to_text(artifact) for artifact in render(step.artifacts, own)]
+    cache = _cache(step.cache, artifacts, own)
+    # Where the cache looks anyway, and the files are, nothing needs to be told.
+    away = cache if cache is not None and (resources is not None or image) else Cache()
     return StepCall(
         request=StepRequest(
             workflow_id=workflow_id,
@@ -47,11 +53,14 @@ def step_call(
             log_dir=run.log_dir,
             timeout_s=step.timeout_seconds or DEFAULT_TIMEOUT_S,
             expected_outputs=tuple(step.outputs),
+            artifacts=tuple(artifacts),
+            cached_artifacts=tuple(artifact for artifact in away.artifacts if artifact not in artifacts),
+            inputs=tuple(away.inputs),
         ),
         plan=run.plan.name,
-        resources=_resources(step.resources, own),
-        image=str(render(step.image or "", own)),
-        cache=_cache(step.cache, own),
+        resources=resources,
+        image=image,
+        cache=cache,
     )
 
 
@@ -59,10 +68,20 @@ def _resources(resources: Resources | None, scope: Scope) -> Resources | None:
     """Rendered; None when it asks for nothing at all."""
     if resources is None:
         return None
-    rendered = Resources.model_validate(render(resources.model_dump(exclude_defaults=True), scope))
-    for name, amount in {"cpus": rendered.cpus, "gpus": rendered.gpus, **rendered.custom}.items():
-        if amount is not None and not _is_amount(amount):
-            raise StepError(f"`{name}` of `resources` is {brief(amount)}, wanted a number of at least 0")
+    values = render(resources.model_dump(exclude_defaults=True), scope)
+    if "actor" in values:
+        values["actor"] = to_text(values["actor"])
+    rendered = Resources.model_validate(values)
+    amounts = {name: getattr(rendered, name) for name in ("nodes", "cpus", "gpus")}
+    places = [*((name, name, amount) for name, amount in amounts.items() if amount is not None)]
+    places += [("custom", name, amount) for name, amount in rendered.custom.items()]
+    for field, name, amount in places:
+        if wanted := wanted_instead(field, amount):
+            raise StepError(f"`{name}` of `resources` is {brief(amount)}, wanted {wanted}")
+    if rendered.actor is not None and not is_name(rendered.actor):
+        raise StepError(f"`actor` of `resources` is {brief(rendered.actor)}, wanted a name")
+    if fault := gang_of_an_actor(rendered):
+        raise StepError(fault)
     try:
         _BYTES.validate_python(rendered.memory or 0)
     except ValidationError:
@@ -71,19 +90,12 @@ def _resources(resources: Resources | None, scope: Scope) -> Resources | None:
     return rendered if rendered != Resources() else None
 
 
-def _is_amount(amount: object) -> bool:
-    try:
-        return 0 <= float(str(amount)) < float("inf")
-    except ValueError:
-        return False
-
-
-def _cache(cache: bool | Cache | None, scope: Scope) -> Cache | None:
+def _cache(cache: bool | Cache | None, artifacts: list[str], scope: Scope) -> Cache | None:
+    """Rendered, with what the step promises to make among its artifacts."""
     if cache is None or cache is False:
         return None
-    if cache is True:
-        return Cache()
-    return Cache.model_validate(render(cache.model_dump(), scope))
+    rendered = Cache() if cache is True else Cache.model_validate(render(cache.model_dump(), scope))
+    return rendered.model_copy(update={"artifacts": list(dict.fromkeys([*rendered.artifacts, *artifacts]))})
 
 
 def _texts(values: dict[str, Any]) -> dict[str, str]:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from bridge.amounts import gang_of_an_actor, is_name, wanted_instead
 from bridge.expressions import is_template
 from bridge.plan import Resources, Step
 from bridge.problems import Finding, Path, brief
@@ -50,18 +51,16 @@ def common_values(path: Path, holder: Any) -> Iterator[Finding]:
 
 
 def _resources(path: Path, resources: Resources) -> Iterator[Finding]:
-    named: Mapping[str, Any] = {"cpus": resources.cpus, "gpus": resources.gpus}
+    named: Mapping[str, Any] = {"cpus": resources.cpus, "gpus": resources.gpus, "nodes": resources.nodes}
     places = [((*path, name), value) for name, value in named.items() if value is not None]
     places += [((*path, "custom", name), value) for name, value in resources.custom.items()]
     for place, value in places:
-        if is_template(value):
-            continue
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if not (math.isfinite(number) and number >= 0):
-            yield Finding(place, f"`{place[-1]}`: got {brief(value)}, wanted a number of at least 0, or a template")
+        if not is_template(value) and (wanted := wanted_instead(str(place[len(path)]), value)):
+            yield Finding(place, f"`{place[-1]}`: got {brief(value)}, wanted {wanted}, or a template")
+    if fault := gang_of_an_actor(resources):
+        yield Finding((*path, "actor"), fault, "remove `actor`, or `nodes`")
+    elif resources.actor is not None and not is_template(resources.actor) and not is_name(resources.actor):
+        yield Finding((*path, "actor"), f"`actor`: got {brief(resources.actor)}, wanted a name")
     memory = resources.memory
     if memory is None or is_template(memory):
         return

@@ -404,6 +404,22 @@ class RayHead:
         )
         assert done.returncode == 0, done.stdout + done.stderr
 
+    def join(self, ip: str, hidden: Path, *options: str) -> None:
+        """Start another node at a loopback address `ip`, with what is in the folder `hidden` for itself alone.
+
+        There it keeps its temporary files too: a test sees them at `/proc/<pid of a process of it>/root/`.
+        """
+        argv = [str(Path(sys.executable).with_name("ray")), "start", f"--address={self.address}"]
+        argv += [f"--node-ip-address={ip}", "--disable-usage-stats", "--object-store-memory=100000000", *options]
+        script = 'mount -t tmpfs none "$0" && mkdir "$0/tmp" && TMPDIR="$0/tmp" exec "$@"'
+        namespace = ["unshare", "--mount", *(() if os.getuid() == 0 else ("--map-root-user",))]
+        own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token_file)}
+        done = subprocess.run(
+            [*namespace, "sh", "-c", script, str(hidden), *argv],
+            env={**os.environ, **own}, cwd="/", capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+
     def processes(self, word: str = "") -> list[Any]:
         """Living processes of this head, workers included; those with `word` in their title."""
         import psutil
@@ -445,6 +461,17 @@ def make_ray_head() -> Iterator[Callable[[], RayHead]]:
     for head in heads:
         head.kill()
         shutil.rmtree(head.folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def ray_pair(make_ray_head: Callable[[], RayHead]) -> RayHead:
+    """A head and a second node, 2 logical GPUs each; the second has `hidden` for itself and the label `files=own`."""
+    head = make_ray_head()
+    hidden = head.folder / "hidden"
+    hidden.mkdir()
+    head.start("--num-gpus=2")
+    head.join("127.0.0.3", hidden, "--num-cpus=4", "--num-gpus=2", "--labels=files=own")
+    return head
 
 
 @pytest.fixture(scope="session")
