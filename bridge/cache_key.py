@@ -14,12 +14,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from bridge.file_hash import FileHasher, text_hash
 from bridge.local_imports import with_local_imports
 from bridge.plan import Cache
 from steps import StepError, StepRequest
+from steps._environment import node_environment
 from steps._file_patterns import matching
 from steps._registry import StepType, find
 
@@ -68,6 +69,7 @@ def key_fields(
         fields["outputs"] = _short(json.dumps(sorted(request.expected_outputs)))
     if cache.artifacts:
         fields["artifacts"] = _short(json.dumps(sorted(cache.artifacts)))
+    fields |= {f"identities.{name}": text for name, text in _identities(step_type, request, plan_dir)}
     try:
         content = dict(_code_files(step_type, request, plan_dir, hasher))
         for pattern in cache.inputs:
@@ -87,20 +89,31 @@ def digest(fields: Mapping[str, str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _identities(step_type: StepType, request: StepRequest, plan_dir: Path) -> Iterator[tuple[str, str]]:
+    identities = getattr(step_type.module, "identities", None)
+    if identities is not None:
+        found = identities(_params(step_type, request), plan_dir, {**node_environment(), **request.env})
+        yield from ((name, text) for name, text in found.items() if text)
+
+
 def _code_files(
     step_type: StepType, request: StepRequest, plan_dir: Path, hasher: FileHasher
 ) -> Iterator[tuple[str, str]]:
     code_files = getattr(step_type.module, "code_files", None)
     if code_files is None:
         return
-    try:
-        params = step_type.params.model_validate(request.params)
-    except ValidationError as error:
-        raise StepError(f"step `{request.step_id}` has params that `{request.type}` refuses: {error}") from None
+    params = _params(step_type, request)
     files = [path for folder in {plan_dir, Path(request.working_dir)} for path in code_files(params, folder)]
     for path in with_local_imports(files, plan_dir):
         name = path.relative_to(plan_dir) if path.is_relative_to(plan_dir) else path
         yield f"code.{name.as_posix()}", hasher.hash(path)
+
+
+def _params(step_type: StepType, request: StepRequest) -> BaseModel:
+    try:
+        return step_type.params.model_validate(request.params)
+    except ValidationError as error:
+        raise StepError(f"step `{request.step_id}` has params that `{request.type}` refuses: {error}") from None
 
 
 def _input(plan_dir: Path, pattern: str, hasher: FileHasher) -> Iterator[tuple[str, str]]:

@@ -4,6 +4,7 @@ Walks the plan with the run's own `Schedule`: a step whose dependencies came fro
 a chain of unchanged steps is found in one go.
 """
 
+import os
 from collections.abc import Iterator
 
 from bridge.cache import Change, StepCache
@@ -15,6 +16,7 @@ from bridge.plan import Cache
 from bridge.report import step_report
 from bridge.requests import run_scope, step_call
 from bridge.schedule import Instance, Schedule
+from container.image_identity import image_identity
 from steps import StepError, StepResult
 
 
@@ -22,7 +24,14 @@ def cache_fields(call: StepCall, cache: StepCache) -> dict[str, str]:
     """What the cache key of a call is made of."""
     # The name of an actor is no input of what runs there.
     asked = call.resources.model_dump(mode="json", exclude_defaults=True, exclude={"actor"}) if call.resources else {}
-    return key_fields(call.request, call.cache or Cache(), image=call.image, resources=asked, hasher=cache.hasher)
+    return key_fields(
+        call.request,
+        call.cache or Cache(),
+        image=call.image,
+        image_digest=image_identity(call.image, os.environ) if call.image else "",
+        resources=asked,
+        hasher=cache.hasher,
+    )
 
 
 def keep(call: StepCall, fields: dict[str, str], result: StepResult, cache: StepCache) -> None:

@@ -54,6 +54,11 @@ class EngineSocket:
         found: dict[str, Any] = json.loads(self._call("GET", f"/containers/{quote(name)}/json"))
         return found
 
+    def inspect_image(self, name: str) -> dict[str, Any]:
+        """All about an image that is here."""
+        found: dict[str, Any] = json.loads(self._call("GET", f"/images/{quote(name)}/json"))
+        return found
+
     def list_with_label(self, label: str) -> list[dict[str, Any]]:
         """Containers, ended ones too, that carry `label`, with or without `=value`."""
         filters = quote(json.dumps({"label": [label]}))

@@ -173,6 +173,20 @@ def lock_hash(name_or_folder: str | Path) -> str:
     return find(name_or_folder).lock_hash
 
 
+def built(environment: Environment, store: Path) -> Environment:
+    """The environment as the store on this machine has it. Raises `EnvironmentProblem` unless it is of the same lock."""
+    copy = Environment(store / "environments" / environment.name)
+    hint = f"\n\nhint: `orchestrate spack build {environment.name}`"
+    if not copy.lock_file.is_file():
+        raise EnvironmentProblem(f"environment `{environment.name}` is not built in the store `{store}`{hint}")
+    if copy.lock_hash != environment.lock_hash:
+        raise EnvironmentProblem(
+            f"environment `{environment.name}` in the store `{store}` was built from the lock `{copy.lock_hash[:12]}`, "
+            f"wanted `{environment.lock_hash[:12]}` of `{environment.lock_file}`{hint}"
+        )
+    return copy
+
+
 def is_name(text: str) -> bool:
     """True for what may be the name of an environment."""
     return _NAME.fullmatch(text) is not None

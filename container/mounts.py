@@ -13,10 +13,12 @@ HOME = "/home/kvothe"
 WORKSPACE = "/workspace"
 ENTRYPOINTS = "/opt/sygaldry/entrypoints"
 HF_HOME = "/opt/hf_cache"
+STORE = "/opt/spack_store"
+"""Of Spack, shared by its environments."""
 
 _OF_ROOT = {
     "monorepo_home": HOME,
-    "spack_store": "/opt/spack_store",
+    "spack_store": STORE,
     "bazel_cache": "/opt/bazel_cache",
     "hf_cache": HF_HOME,
 }

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from container.environment import Environment, EnvironmentProblem
-from container.mounts import ENTRYPOINTS, Mount
-from container.spack_template import STORE
+from container.mounts import ENTRYPOINTS, STORE, Mount
 
 ENVIRONMENTS = "/opt/sygaldry/environments"
 """Where a standard container sees environments, by name."""

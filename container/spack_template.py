@@ -11,9 +11,8 @@ import yaml
 
 from container.environment import MANIFEST, EnvironmentProblem, is_name
 from container.image_spec import SPACK_PACKAGES_COMMIT
+from container.mounts import STORE
 
-STORE = "/opt/spack_store"
-"""Where a standard container sees the store."""
 DEFAULT_SPECS = ("python@3.13", "python-venv", "py-pip")
 _TEXT = f"""\
 spack:

@@ -3,6 +3,7 @@
 import contextlib
 import re
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,6 +26,9 @@ def _is_mount(value: str) -> str:
     if "${{" in value or re.fullmatch(r"[^:]+:/[^:]*(:ro|:rw)?", value):
         return value
     raise ValueError(f"got `{value}`, wanted `host:/container`, or that with `:ro`")
+
+
+drives_engine = True
 
 
 class Params(Frozen):
@@ -52,6 +56,9 @@ class Params(Frozen):
     """`host`, `none`, `bridge` or the name of a network."""
     workspace: PlanPath = ""
     """Host folder mounted as `/workspace`; the step's working directory by default."""
+    environment: str = ""
+    """Spack environment to activate: its name, or its folder relative to the plan's; built before, by `orchestrate
+    spack build`. Its lock is part of the step's cache key."""
 
 
 class Outputs(Frozen):
@@ -78,6 +85,19 @@ def run(params: Params, context: Context) -> StepOutputs:
             return _run_here(client, job, context)
         except LaunchError as error:
             raise StepError(str(error)) from error
+
+
+def identities(params: Params, plan_dir: Path, env: Mapping[str, str]) -> dict[str, str]:
+    """See `steps`: the image as it is on this machine now, and the environment as it is locked now."""
+    from container.image_identity import image_identity
+    from container.launch import DEFAULT_IMAGE
+    from steps._spack import ACTIVE_VARIABLE, environment_identity
+
+    image = params.image or env.get("SYGALDRY_IMAGE") or DEFAULT_IMAGE
+    found = {"image": image_identity(image, env)}
+    if named := params.environment or params.env.get(ACTIVE_VARIABLE) or env.get(ACTIVE_VARIABLE):
+        found["environment"] = environment_identity(named, plan_dir)
+    return found
 
 
 def _run_here(client: "DockerClient", job: "Job", context: Context) -> StepOutputs:
@@ -143,8 +163,9 @@ def _wait(container: "Container", context: Context) -> int:
 
 def _job(params: Params, context: Context) -> "Job":
     from container.launch import DEFAULT_IMAGE, Job
-    from container.mounts import container_root, parse_mounts, project_id
+    from container.mounts import STORE, container_root, parse_mounts, project_id
     from steps._environment import OUTPUTS_VARIABLE
+    from steps._spack import ACTIVE_VARIABLE, built_environment
 
     workspace = context.plan_dir / params.workspace if params.workspace else context.working_dir
     if not workspace.is_dir():
@@ -155,12 +176,17 @@ def _job(params: Params, context: Context) -> "Job":
         mounts = parse_mounts(params.mounts, context.plan_dir)
     except ValueError as error:
         raise StepError(str(error)) from error
+    root = container_root(context.env, project)
+    if params.environment:
+        stores = [Path(mount.host) for mount in mounts if mount.container == STORE]
+        store = stores[-1] if stores else root / "spack_store"
+        env[ACTIVE_VARIABLE] = built_environment(params.environment, context.plan_dir, store).name
     outputs = context.env.get(OUTPUTS_VARIABLE)
     return Job(
         key=context.key,
         command=["bash", "-c", params.command],
         project_id=project,
-        root=container_root(context.env, project),
+        root=root,
         workspace=workspace,
         image=params.image or context.env.get("SYGALDRY_IMAGE") or DEFAULT_IMAGE,
         entrypoint=params.entrypoint,
@@ -209,6 +235,8 @@ def _run_launcher(params: Params, context: Context) -> StepOutputs:
         env["SYGALDRY_PROJECT_ID"] = params.project_id
     if not params.gpu:
         env["SYGALDRY_GPU"] = "false"
+    if params.environment:
+        env["SYGALDRY_SPACK_ENVIRONMENT"] = Path(params.environment).name
     launcher = str(context.plan_dir / params.launcher_path)
     entrypoint = params.entrypoint.removesuffix(".sh")
     exit_code = context.run_process([launcher, "--entrypoint", entrypoint, "--", params.command], env=env)
