@@ -49,6 +49,11 @@ class StepType:
         return getattr(self.module, "reusable_process", False) is True
 
     @property
+    def drives_engine(self) -> bool:
+        """True when the step starts or makes containers: it runs beside the engine, never in an image itself."""
+        return getattr(self.module, "drives_engine", False) is True
+
+    @property
     def summary(self) -> str:
         """First line of the module's docstring."""
         return (self.module.__doc__ or "").strip().partition("\n")[0]

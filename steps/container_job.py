@@ -31,6 +31,9 @@ def _is_mount(value: str) -> str:
 drives_engine = True
 
 
+drives_engine = True
+
+
 class Params(Frozen):
     command: Shell
     """Command line, run by `bash -c` in the container."""

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 _INSTRUCTION = re.compile(r"Step (\d+)/(\d+) : (.*)", re.DOTALL)
 
+drives_engine = True
+
 
 class Params(Frozen):
     image: str

@@ -18,6 +18,8 @@ _FINAL = (
     "insufficient_scope",
 )
 
+drives_engine = True
+
 
 class Params(Frozen):
     image: str

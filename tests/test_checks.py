@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bridge.checks import check_plan, dependencies, resolve_params, topological_order
+from bridge.checks import check_plan, dependencies, find_problems, resolve_params, topological_order
 from bridge.order import cycles
-from bridge.plan import Condition, Param, Plan, Step
+from bridge.plan import Condition, Param, Plan, Step, with_defaults
 from bridge.problems import PlanError, Problem, nearest
 from bridge.reader import read_plan_text
 
@@ -498,3 +498,12 @@ def test_a_plan_of_too_many_steps() -> None:
     steps = [Step(id=str(n), type="command", params={"command": "ls"}) for n in range(20_001)]
     with pytest.raises(PlanError, match="20,001 steps, the limit is 20,000"):
         check_plan(Plan(steps=steps))
+
+
+def test_what_drives_the_engine_does_not_run_in_an_image() -> None:
+    steps = [Step(id="a", type="command", params={"command": "true"}), Step(id="b", type="docker_push", params={})]
+    plan = Plan(image="own/image", steps=steps)
+    assert [step.image for step in with_defaults(plan).steps] == ["own/image", None]
+    named = plan.model_copy(update={"steps": [steps[1].model_copy(update={"image": "own/image"})]})
+    (problem,) = [found for found in find_problems(named) if found.path == ("steps", 0, "image")]
+    assert "drives the container engine" in problem.message
