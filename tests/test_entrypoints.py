@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shlex
+import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -328,3 +330,63 @@ def test_hf_download_fills_the_cache_where_look_ups_find_it(
 def test_hf_download_tells_its_usage(run: Run, small_image: str, words: list[str]) -> None:
     code, said, errors = run(small_image, ["hf-download", *words])
     assert (code, said) == (2, "") and "wanted: [--revision REVISION] model ID |" in errors
+
+
+def wheel(folder: Path, name: str, version: str, requires: tuple[str, ...] = ()) -> None:
+    """A package of one module that knows its version."""
+    module = name.replace("-", "_")
+    info = f"{module}-{version}.dist-info"
+    metadata = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
+    metadata += [f"Requires-Dist: {requirement}" for requirement in requires]
+    with zipfile.ZipFile(folder / f"{module}-{version}-py3-none-any.whl", "w") as archive:
+        archive.writestr(f"{module}.py", f"version = '{version}'\n")
+        archive.writestr(f"{info}/METADATA", "\n".join(metadata) + "\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+
+
+def test_uv_install_never_hides_the_torch_of_the_view(run: Run, ray_image: str, tmp_path: Path) -> None:
+    """A view with a torch, and an index whose torch is newer and whose helper also wants a wheel of CUDA."""
+    (tmp_path / "wheels").mkdir()
+    wheel(tmp_path / "wheels", "torch", "9.9.0")
+    wheel(tmp_path / "wheels", "nvidia-cudnn-cu12", "9.1.0")
+    wheel(tmp_path / "wheels", "helper", "1.0", ("torch>=2", "nvidia-cudnn-cu12"))
+    wheel(tmp_path / "wheels", "greedy", "1.0", ("torch>=3",))
+    folder = view(tmp_path / "store", "standin")
+    packages = folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+    (packages / "torch-2.9.0.dist-info").mkdir(parents=True)
+    (packages / "torch-2.9.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.9.0\n")
+    (packages / "torch.py").write_text("version = 'of the view'\n")
+    (folder / "bin" / "python3").symlink_to("/usr/bin/python3")
+    (folder / "pyvenv.cfg").write_text("home = /usr/bin\ninclude-system-site-packages = false\n")
+    mounts = {"/opt/spack_store": tmp_path / "store"}
+    env = {"SYGALDRY_SPACK_ENVIRONMENT": "standin", "UV_OFFLINE": "1"}
+
+    def install(*words: str) -> Ended:
+        return run(ray_image, ["uv-install", *words, "--no-index", "--find-links", "wheels"], env, mounts)
+
+    def versions() -> str:
+        program = "import helper, torch; print(helper.version, torch.version)"
+        return run(ray_image, ["run-job", ".venv/bin/python", "-c", program], env, mounts).out.strip()
+
+    done = install("helper", "torch>=2.5")
+    assert done.code == 0 and "left out nvidia-cudnn-cu12" in done.err, done.err
+    assert versions() == "1.0 of the view"
+    for words, problem in (
+        (["torch==9.9.0"], "you want torch==9.9.0, the view has 2.9.0"),
+        (["greedy"], "greedy wants torch>=3, the view has 2.9.0"),
+        (["no-such-package"], "above is what uv said"),
+    ):
+        done = install(*words)
+        assert done.code == 1 and problem in done.err and "Traceback" not in done.err, done.err
+    installed = sorted(path.name for path in (tmp_path / ".venv").glob("lib/*/site-packages/*.dist-info"))
+    assert installed == ["helper-1.0.dist-info"] and versions() == "1.0 of the view"
+    run(ray_image, ["python3", "-m", "venv", "--without-pip", "foreign"])
+    assert "was not made by uv-install" in install("--venv", "foreign", "helper").err
+    assert not list((tmp_path / "foreign").glob("lib/*/site-packages/helper*"))
+    assert run(ray_image, ["uv-install"]).code == 2
+
+
+def test_uv_install_wants_uv(run: Run, small_image: str) -> None:
+    code, _, errors = run(small_image, ["uv-install", "helper"])
+    assert code == 1 and "there is no uv" in errors
