@@ -1,6 +1,6 @@
 """Adds packages to a virtual environment over the Spack view; started by `uv-install.sh`: VENV ARGUMENT...
 
-arguments -> uv, told to leave out what the view has -> check -> kept, or taken out again and refused
+arguments -> what uv would install -> without what the view has -> install -> check -> kept, or undone and refused
 """
 
 import os
@@ -12,34 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from container.entrypoints._project import (
-        _UV,
-        INSTALL_TIMEOUT_S,
-        Project,
-        Refused,
-        Withheld,
-        _asked_for,
-        _names_in,
-        _packages,
-        _plain,
-        _say,
-        _uv,
-    )
+    from container.entrypoints import _project as project
 else:
     # A script finds what lies beside it.
-    from _project import (
-        _UV,
-        INSTALL_TIMEOUT_S,
-        Project,
-        Refused,
-        Withheld,
-        _asked_for,
-        _names_in,
-        _packages,
-        _plain,
-        _say,
-        _uv,
-    )
+    import _project as project
 
 BUILT_AGAINST_TORCH = ("flash-attn", "causal-conv1d", "mamba-ssm", "xformers", "deepspeed")
 """Compiled against the torch that is there, so they must see it while they are built."""
@@ -48,7 +24,7 @@ ROUNDS = 3
 """How often uv is asked again without what it wanted of the view's; what is left then is refused."""
 
 
-class Overlay(Project):
+class Overlay(project.Project):
     """An environment that only ever grows, in a folder of the user's."""
 
     def __init__(self, venv: Path) -> None:
@@ -59,10 +35,10 @@ class Overlay(Project):
     def add(self, arguments: Sequence[str]) -> None:
         """Install what uv makes of `arguments`. Raises `Refused`."""
         with self._alone():
-            view = _packages(self.python)
+            view = project._packages(self.python)
             self._refuse_foreign()
             self._make(view)
-            withheld = Withheld(view)
+            withheld = project.Withheld(view)
             overrides = self.venv / "sygaldry-overrides.txt"
             isolation = [f"--no-build-isolation-package={name}" for name in BUILT_AGAINST_TORCH]
             words = ["--python", str(self.venv_python), "--override", str(overrides), *isolation, *arguments]
@@ -72,20 +48,22 @@ class Overlay(Project):
                 hiding = {name for name in _planned(words) if withheld.has(name)}
                 if not hiding:
                     break
-                _say(f"left out {', '.join(sorted(hiding))}: the view has its own")
+                project._say(f"left out {', '.join(sorted(hiding))}: the view has its own")
                 left_out |= hiding
-            before = set(_names_in(self.venv))
-            _uv("pip", "install", *words)
+            before = set(project._names_in(self.venv))
+            project._uv("pip", "install", *words)
             self._check_added(withheld, before, arguments)
 
     def _refuse_foreign(self) -> None:
         if self.venv_python.is_symlink() and not (self.venv / "sygaldry-view.json").exists():
-            raise Refused(f"`{self.venv}` was not made by uv-install\n\nhint: remove it, or name another by --venv")
+            raise project.Refused(
+                f"`{self.venv}` was not made by uv-install\n\nhint: remove it, or name another by --venv"
+            )
 
-    def _check_added(self, withheld: Withheld, before: set[str], arguments: Sequence[str]) -> None:
-        added = [name for name in _names_in(self.venv) if name not in before]
+    def _check_added(self, withheld: project.Withheld, before: set[str], arguments: Sequence[str]) -> None:
+        added = [name for name in project._names_in(self.venv) if name not in before]
         problems = [f"`{name}` would hide the view's own build" for name in added if withheld.has(name)]
-        seen = _packages(str(self.venv_python), *_requirements(arguments))
+        seen = project._packages(str(self.venv_python), *_requirements(arguments))
         problems += [
             f"{each['by'].replace('the repository', 'you')} want{'' if each['by'] == 'the repository' else 's'} "
             f"{each['name']}{each['wanted']}, the view has {each['got']}"
@@ -95,9 +73,9 @@ class Overlay(Project):
         if not problems:
             return
         if added:
-            _uv("pip", "uninstall", "--quiet", "--python", str(self.venv_python), *added)
-        raise Refused(
-            "this does not fit the view: " + "; ".join(problems) + "; nothing is installed\n\n"
+            project._uv("pip", "uninstall", "--quiet", "--python", str(self.venv_python), *added)
+        raise project.Refused(
+            "this does not fit the view: " + "; ".join(problems) + "; what was added is taken out again\n\n"
             "hint: ask for the view's version, or build a Spack environment that has the other one"
         )
 
@@ -105,15 +83,17 @@ class Overlay(Project):
 def _planned(words: Sequence[str]) -> list[str]:
     """Names of what uv would install. Raises `Refused`."""
     argv = ["uv", "pip", "install", "--dry-run", "--color", "never", *words]
-    environment = {**_UV, **os.environ}
+    environment = {**project._UV, **os.environ}
     try:
-        done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=INSTALL_TIMEOUT_S)
+        done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=project.INSTALL_TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        raise Refused(f"`uv pip install` did not say within {INSTALL_TIMEOUT_S} s what it would install") from None
+        raise project.Refused(
+            f"`uv pip install` did not say within {project.INSTALL_TIMEOUT_S} s what it would install"
+        ) from None
     if done.returncode:
         sys.stderr.write(done.stderr)
-        raise Refused("nothing is installed: above is what uv said")
-    return [_plain(name) for name in re.findall(r"^ \+ ([^\s=@]+)", done.stderr, re.MULTILINE)]
+        raise project.Refused("nothing is installed: above is what uv said")
+    return [project._plain(name) for name in re.findall(r"^ \+ ([^\s=@]+)", done.stderr, re.MULTILINE)]
 
 
 def _requirements(arguments: Sequence[str]) -> list[str]:
@@ -121,7 +101,7 @@ def _requirements(arguments: Sequence[str]) -> list[str]:
     found: list[str] = []
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
         if argument in ("-r", "--requirement", "--requirements"):
-            found += _asked_for([Path(following)])
+            found += project._asked_for([Path(following)])
         elif not argument.startswith("-"):
             found.append(argument)
     return found
@@ -133,10 +113,12 @@ def main() -> int:
     overlay = Overlay(Path(venv))
     try:
         overlay.add(arguments)
-    except Refused as refused:
-        _say(f"error: {refused}")
+    except project.Refused as refused:
+        project._say(f"error: {refused}")
         return 1
-    _say(f"installed into {os.path.relpath(overlay.venv)}; use it: source {os.path.relpath(overlay.venv)}/bin/activate")
+    project._say(
+        f"installed into {os.path.relpath(overlay.venv)}; use it: source {os.path.relpath(overlay.venv)}/bin/activate"
+    )
     return 0
 
 
