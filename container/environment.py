@@ -18,6 +18,8 @@ from typing import Any
 import yaml
 
 MANIFEST, LOCK = "spack.yaml", "spack.lock"
+BUILT = "built.lock"
+"""In a store, the lock from which the environment was last built to the end."""
 FOLDERS_VARIABLE = "SYGALDRY_SPACK_ENVIRONMENTS"
 """Environment variable with folders of environments, separated by `:`; they are searched before ours."""
 MANIFEST_HASH = "manifest-sha256"
@@ -73,19 +75,7 @@ class Environment:
     @cached_property
     def lock(self) -> dict[str, Any] | None:
         """The lock file's content; None when there is none."""
-        try:
-            document = json.loads(self.lock_file.read_text())
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise EnvironmentProblem(
-                f"`{self.lock_file}` cannot be read: {error}\n\nhint: `orchestrate spack lock {self.name} --force`"
-            ) from error
-        if not isinstance(document, dict) or not {"roots", "concrete_specs"} <= document.keys():
-            raise EnvironmentProblem(
-                f"`{self.lock_file}` is not a lock of Spack's: `roots` or `concrete_specs` missing"
-            )
-        return document
+        return _read_lock(self.lock_file)
 
     @property
     def specs(self) -> list[str]:
@@ -106,9 +96,7 @@ class Environment:
     @property
     def lock_hash(self) -> str:
         """64 hex digits of what is locked, however it is formatted. Raises `EnvironmentProblem` without a lock."""
-        lock = self._locked()
-        locked = {"roots": lock["roots"], "concrete_specs": lock["concrete_specs"]}
-        return hashlib.sha256(json.dumps(locked, sort_keys=True).encode()).hexdigest()
+        return _hash(self._locked())
 
     @property
     def manifest_hash(self) -> str:
@@ -173,18 +161,17 @@ def lock_hash(name_or_folder: str | Path) -> str:
     return find(name_or_folder).lock_hash
 
 
-def built(environment: Environment, store: Path) -> Environment:
-    """The environment as the store on this machine has it. Raises `EnvironmentProblem` unless it is of the same lock."""
-    copy = Environment(store / "environments" / environment.name)
+def check_built(environment: Environment, store: Path) -> None:
+    """Raise `EnvironmentProblem` unless the store on this machine has the environment, whole and of the same lock."""
     hint = f"\n\nhint: `orchestrate spack build {environment.name}`"
-    if not copy.lock_file.is_file():
+    lock = _read_lock(store / "environments" / environment.name / BUILT)
+    if lock is None:
         raise EnvironmentProblem(f"environment `{environment.name}` is not built in the store `{store}`{hint}")
-    if copy.lock_hash != environment.lock_hash:
+    if _hash(lock) != environment.lock_hash:
         raise EnvironmentProblem(
-            f"environment `{environment.name}` in the store `{store}` was built from the lock `{copy.lock_hash[:12]}`, "
+            f"environment `{environment.name}` in the store `{store}` was built from the lock `{_hash(lock)[:12]}`, "
             f"wanted `{environment.lock_hash[:12]}` of `{environment.lock_file}`{hint}"
         )
-    return copy
 
 
 def is_name(text: str) -> bool:
@@ -196,6 +183,25 @@ def _searched(folders: Iterable[Path]) -> Iterator[Path]:
     yield from folders
     yield from (Path(each) for each in os.environ.get(FOLDERS_VARIABLE, "").split(os.pathsep) if each)
     yield _OURS
+
+
+def _read_lock(path: Path) -> dict[str, Any] | None:
+    try:
+        document = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise EnvironmentProblem(
+            f"`{path}` cannot be read: {error}\n\nhint: `orchestrate spack lock {path.parent.name} --force`"
+        ) from error
+    if not isinstance(document, dict) or not {"roots", "concrete_specs"} <= document.keys():
+        raise EnvironmentProblem(f"`{path}` is not a lock of Spack's: it has no `roots` or no `concrete_specs`")
+    return document
+
+
+def _hash(lock: dict[str, Any]) -> str:
+    locked = {"roots": lock["roots"], "concrete_specs": lock["concrete_specs"]}
+    return hashlib.sha256(json.dumps(locked, sort_keys=True).encode()).hexdigest()
 
 
 def _comparable(spec: str) -> tuple[str, str]:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from container.environment import Environment, EnvironmentProblem, built, find
+from container.environment import Environment, EnvironmentProblem, check_built, find
 from steps._contract import StepError
 
 ACTIVE_VARIABLE = "SYGALDRY_SPACK_ENVIRONMENT"
@@ -10,11 +10,13 @@ ACTIVE_VARIABLE = "SYGALDRY_SPACK_ENVIRONMENT"
 
 
 def built_environment(name: str, plan_dir: Path, store: Path) -> Environment:
-    """The environment as it is built in `store`. `StepError` when it is not, or from another lock."""
+    """The environment; `StepError` when `store` does not have it, or of another lock."""
     try:
-        return built(_find(name, plan_dir), store)
+        environment = _find(name, plan_dir)
+        check_built(environment, store)
     except EnvironmentProblem as error:
         raise StepError(str(error)) from error
+    return environment
 
 
 def environment_identity(name: str, plan_dir: Path) -> str:

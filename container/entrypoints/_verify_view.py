@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 NOT_ITS_OWN = ("docs", "test", "tests")
@@ -27,7 +28,7 @@ def main() -> int:
     return 1 if failures else 0
 
 
-def check(package: str, distributions: "dict[str, list[str]]") -> "list[str]":
+def check(package: str, distributions: Mapping[str, list[str]]) -> list[str]:
     """What is wrong with a package: imports that fail, or that it is not there at all."""
     name = normal(package.removeprefix("py-"))
     modules = [module for module, owners in distributions.items() if name in map(normal, owners)]

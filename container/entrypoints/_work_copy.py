@@ -9,6 +9,7 @@ import io
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import spack.util.spack_yaml as spack_yaml
 
@@ -16,7 +17,8 @@ STANDARD_STORE = "/opt/spack_store"
 PACKAGES = Path(os.environ.get("SYGALDRY_SPACK_PACKAGES") or "/opt/spack_packages")
 
 
-def main(source, goal, store):
+def main(source: Path, goal: Path, store: str) -> None:
+    """Make or update the copy."""
     goal.mkdir(parents=True, exist_ok=True)
     document = spack_yaml.load_config((source / "spack.yaml").read_text().replace(STANDARD_STORE, store))
     adapt(document["spack"], source, store)
@@ -30,7 +32,8 @@ def main(source, goal, store):
         (goal / "spack.lock").unlink(missing_ok=True)
 
 
-def adapt(section, source, store):
+def adapt(section: Any, source: Path, store: str) -> None:
+    """Change a manifest's section `spack` in place."""
     if section.get("view", True) is True:
         section["view"] = {source.name: {"root": f"{store}/views/{source.name}"}}
     config = section.setdefault("config", {})
@@ -46,7 +49,7 @@ def adapt(section, source, store):
         repos["builtin"] = str(builtin)
 
 
-def write(path, text):
+def write(path: Path, text: str) -> None:
     """Whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text)
