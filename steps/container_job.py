@@ -31,9 +31,6 @@ def _is_mount(value: str) -> str:
 drives_engine = True
 
 
-drives_engine = True
-
-
 class Params(Frozen):
     command: Shell
     """Command line, run by `bash -c` in the container."""
