@@ -49,11 +49,16 @@ def answers(address: str) -> bool:
         return False
 
 
+def is_outside() -> bool:
+    """True when this process is a driver on a machine that is not part of the cluster."""
+    return bool(_connected) and _connected[0].startswith(FROM_OUTSIDE)
+
+
 def connection_lives() -> bool:
     """True when the node process this driver is attached to lives, or its connection to a cluster elsewhere."""
     import ray
 
-    if _connected and _connected[0].startswith(FROM_OUTSIDE):
+    if is_outside():
         return bool(ray.util.client.ray.is_connected())
     node = ray._private.worker._global_node
     if node is None:

@@ -29,6 +29,7 @@ _LAUNCH_TIMEOUT_S = 3600.0
 _DOWN_TIMEOUT_S = 900.0
 _HEAD_IP_TIMEOUT_S = 60.0
 _POLL_S = 1.0
+_PLAIN = ("--log-style=pretty", "--log-color=false")
 _TAIL_LINES = 25
 
 Say = Callable[[str], None]
@@ -47,7 +48,7 @@ def up(cluster: ClusterFile, folder: Path, say: Say, timeout_s: float) -> tuple[
     if ensure_token(cluster.token_file):
         say(f"made token {cluster.token_file}")
     rendered = _render(cluster, folder)
-    _ray(["up", "--yes", "--no-config-cache", str(rendered)], cluster, say, _LAUNCH_TIMEOUT_S)
+    _ray(["up", "--yes", "--no-config-cache", *_PLAIN, str(rendered)], cluster, say, _LAUNCH_TIMEOUT_S)
     address = cluster.client_address(head_address(cluster, folder))
     return address, _wait_for_nodes(cluster, address, say, timeout_s)
 
@@ -57,7 +58,7 @@ def down(cluster: ClusterFile, folder: Path, say: Say) -> list[str]:
     rendered = _render(cluster, folder)
     problems = []
     try:
-        _ray(["down", "--yes", str(rendered)], cluster, say, _DOWN_TIMEOUT_S)
+        _ray(["down", "--yes", *_PLAIN, str(rendered)], cluster, say, _DOWN_TIMEOUT_S)
     except LaunchError as error:
         problems.append(str(error))
     if cluster.machines:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import ray
 from ray.exceptions import ActorUnavailableError, RayError
 
-from cluster.connect import NAMESPACE
+from cluster.connect import NAMESPACE, is_outside
 from cluster.images import Images, ImagesUnfit, Placing
 from cluster.lease import Lease
 from cluster.member import Member, actor_name, group_names, member_name, remove_group
@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 _MOST_PENDING = 8
 """Actors of one shape that may be on their way at a time."""
+_CREATION_TIMEOUT_S = 20.0
+_CREATION_POLL_S = 0.05
 _TICK_S = 1.0
 _VIEW_AGE_S = 0.3
 _CHECK_INTERVAL_S = 5.0
@@ -420,9 +422,11 @@ def pool_name() -> str:
 
 
 def open_pool(name: str, idle_ttl_s: float) -> Any:
-    """Handle of the pool called `name`; it is started when there is none."""
+    """Handle of the pool called `name`; it is started when there is none. Raises `ValueError` when it cannot be."""
+    with contextlib.suppress(ValueError):
+        return ray.get_actor(name, NAMESPACE)
     actor_class: Any = ray.remote(Pool)
-    return actor_class.options(
+    pool = actor_class.options(
         name=name,
         namespace=NAMESPACE,
         lifetime="detached",
@@ -432,6 +436,17 @@ def open_pool(name: str, idle_ttl_s: float) -> Any:
         max_task_retries=-1,
         max_concurrency=10_000,
     ).remote(name, idle_ttl_s)
+    # A driver outside gets a handle at once, and a void one when another created the pool in the same moment.
+    return _find_named(name) if is_outside() else pool
+
+
+def _find_named(name: str) -> Any:
+    deadline = time.monotonic() + _CREATION_TIMEOUT_S
+    while time.monotonic() < deadline:
+        with contextlib.suppress(ValueError):
+            return ray.get_actor(name, NAMESPACE)
+        time.sleep(_CREATION_POLL_S)
+    raise ValueError(f"the actor `{name}` was not created within {_CREATION_TIMEOUT_S:g} s")
 
 
 def _member_prefix(pool: str) -> str:
