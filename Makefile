@@ -20,7 +20,6 @@ UV := $(firstword $(shell command -v uv) .uv/bin/uv)
 BIN := .venv/bin
 PLAN ?= examples/demo.yaml
 TESTS ?= tests
-SCRIPTS = $(shell git ls-files --cached --others --exclude-standard '*.sh' .ci | xargs -r grep -lE '^#!.*\b(ba)?sh$$')
 
 .PHONY: help setup check test demo bench clean
 
@@ -30,12 +29,8 @@ help: ## show the verbs
 setup: .venv/.dev ## create .venv with everything that development needs
 	@echo 'ready: source .venv/bin/activate'
 
-check: .venv/.dev ## formatting, lint, types, layers, shell scripts
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports
-	$(BIN)/shellcheck --external-sources --source-path=SCRIPTDIR $(SCRIPTS)
+check: .venv/.dev ## validate everything at once: Python, shell, YAML, plans, Dockerfiles, JavaScript
+	@bash .ci/check
 
 test: .venv/.dev ## run the tests (TESTS="tests/test_x.py -k y" for some of them)
 	$(BIN)/pytest $(TESTS)
