@@ -5,6 +5,7 @@ Best effort: none of it may keep a worker from taking work.
 
 import asyncio
 import logging
+import os
 from datetime import timedelta
 
 from temporalio.api.common.v1 import WorkflowExecution
@@ -16,6 +17,7 @@ from temporalio.service import RPCError
 from bridge.cache import StepCache
 from bridge.payloads import payload_dir, prune
 from bridge.state import State
+from container import reaper
 
 REMEMBERED = timedelta(days=30)
 """The dev server forgets an ended run after a day; ours after this time."""
@@ -50,6 +52,9 @@ async def keep_house(temporal: Client, state: State) -> None:
         await asyncio.to_thread(_remove_unused, state)
     except OSError as error:
         log.warning("old files are not removed: %s", error)
+    # What a Ray that died with all around it left on this machine.
+    for name in await asyncio.to_thread(reaper.reap, os.environ):
+        log.warning("removed container %s, whose owner is gone", name)
 
 
 def _remove_unused(state: State) -> None:

@@ -15,7 +15,7 @@ from ray.exceptions import RayActorError, RayError
 from cluster import gang, remote
 from cluster.follow import Follower
 from cluster.lease import Lease, Place
-from cluster.pins import pin, pinned_shape
+from cluster.pins import pin, pinned_shape, with_content_hash
 from cluster.shape import ResourceShape
 from steps import Frozen, Gang, Progress, StepRequest, StepResult
 from steps._files import RESULT, attempt_dir, read_json, read_result, write_whole
@@ -116,13 +116,16 @@ class Attempt:
             if rank == 0:
                 parts.append((request, place, self._folder, self._report))
             else:
-                request = request.model_copy(update={"expected_outputs": ()})
+                own = {"expected_outputs": (), "artifacts": (), "cached_artifacts": ()}
+                request = request.model_copy(update=own)
                 parts.append((request, place, self._folder / f"rank-{rank}", _nobody))
         return parts
 
     async def _lease(self) -> Lease | StepResult:
         """An actor, or the result when there will be none."""
         key, wait_s = self._request.key, 0.3
+        if self._shape.image and not self._shape.pinned:
+            self._shape = await asyncio.to_thread(with_content_hash, self._shape)
         while not self._cancelled.is_set():
             call = asyncio.ensure_future(self._ask_pool(wait_s))
             lease: Lease | None = await self._unless_cancelled(call)

@@ -21,6 +21,7 @@ from cluster.attempt_folder import attempts_root
 from container import reaper
 from container.engine import EngineUnreachable, connect
 from container.engine_socket import EngineError, EngineSocket
+from container.image_label import CONTENT_HASH_LABEL
 from container.kit import ensure_kit, kits_root
 from container.launch import LaunchError, gpu_requests
 from container.worker import KIT, WorkerSpec, base_config
@@ -70,8 +71,8 @@ class ImageUnfit(Exception):
 def check_image(name: str, pinned: str, gpus: bool) -> NodeImage:
     """Look whether an actor can run here in image `name`, pulling it if needed.
 
-    `pinned` is what the name stands for in this run, empty when that is to be found out. `gpus`: whether GPUs must be
-    visible inside. Takes milliseconds for an image that was checked before.
+    `name` may be `name@<content hash>`. `pinned` is what it stands for in this run, empty when that is to be found out.
+    `gpus`: whether GPUs must be visible inside. Takes milliseconds for an image that was checked before.
     """
     # Node tasks come by for every image, so whatever was left here by a node that died is found soon.
     reaper.reap(os.environ)
@@ -85,6 +86,7 @@ def _check(name: str, pinned: str, gpus: bool) -> NodeImage:
     from docker.errors import APIError
 
     client = connect(os.environ, _PULL_TIMEOUT_S)
+    name, content_hash = _split(name)
     try:
         image = _present(client, name, pinned)
         devices = tuple(dict(each) for each in gpu_requests(client.info())) if gpus else ()
@@ -92,12 +94,12 @@ def _check(name: str, pinned: str, gpus: bool) -> NodeImage:
         raise ImageUnfit(str(error.explanation or error)) from error
     finally:
         client.close()
+    _check_labels(image, name, content_hash)
     kit = ensure_kit(kits_root())
     own = hashlib.sha256(json.dumps([image.id, kit.name, devices]).encode()).hexdigest()[:32]
     known = kit.parent / "checked" / f"{own}.json"
     if content := read_json(known):
         return NodeImage.model_validate(content).model_copy(update={"pinned": _pinned(image, name)})
-    _check_labels(image, name)
     found = NodeImage(
         pinned=_pinned(image, name),
         kit=str(kit),
@@ -156,9 +158,21 @@ def _pinned(image: "Image", name: str) -> str:
     return next((each for each in digests if each.partition("@")[0].endswith(repository)), str(image.id))
 
 
-def _check_labels(image: "Image", name: str) -> None:
-    """Labels that our own images carry tell the versions without a container."""
+def _split(name: str) -> tuple[str, str]:
+    """Name and content hash of `name@hash`; a registry's digest stays part of the name."""
+    plain, _, given = name.partition("@")
+    return (name, "") if given.startswith("sha256:") else (plain, given)
+
+
+def _check_labels(image: "Image", name: str, content_hash: str) -> None:
+    """Labels that our own images carry tell what they are without a container."""
     labels: Mapping[str, str] = image.labels
+    own = labels.get(CONTENT_HASH_LABEL, "")
+    if content_hash and not own.startswith(content_hash):
+        raise ImageUnfit(
+            f"image `{name}` on this node has the content hash `{own[:16] or 'none'}`, wanted `{content_hash[:16]}`\n\n"
+            "hint: build it there too, or push it to a registry that the node pulls from"
+        )
     _check_versions(name, python=labels.get("sygaldry.python_version"), ray=labels.get("sygaldry.ray_version"))
 
 

@@ -10,7 +10,7 @@ A node that runs inside the image itself, by its label `image`, takes the step d
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import ray
@@ -79,6 +79,9 @@ class _Answer(NamedTuple):
         return time.monotonic() - self.at > (_BAD_FOR_S if self.image.error else _GOOD_FOR_S)
 
 
+Check = Callable[[str, str, str, bool], Awaitable[NodeImage]]
+"""Asks a node, by its id, as `check_image` is asked."""
+
 _Question = tuple[str, str, bool, str]
 """Name, pin, whether with GPUs, node id: the arguments of `check_image` and where."""
 
@@ -86,9 +89,10 @@ _Question = tuple[str, str, bool, str]
 class Images:
     """Questions to nodes and their answers."""
 
-    def __init__(self, on_answer: Callable[[], object]) -> None:
-        """`on_answer` is called when a node has answered."""
+    def __init__(self, on_answer: Callable[[], object], check: Check | None = None) -> None:
+        """`on_answer` is called when a node has answered. `check` asks it, by default with a Ray task."""
         self._on_answer = on_answer
+        self._check = check or _check_on_node
         self._answers: dict[_Question, _Answer] = {}
         self._asking: dict[_Question, asyncio.Task[NodeImage]] = {}
         self._refusals: dict[str, int] = {}
@@ -97,9 +101,8 @@ class Images:
         """What the image of `shape` stands for, empty when that takes longer than `wait_s`. Raises `ImagesUnfit`."""
         alive = [node for node in nodes if node["Alive"]]
         able = [node for node in alive if fits(shape, node["Resources"], node.get("Labels") or {})]
-        values = sorted({value for node in able if _is_label_of(value := _label(node), shape.image)})
-        if values:
-            return f"{IMAGE_LABEL}={values[0]}"
+        if value := _label_of(shape, able):
+            return f"{IMAGE_LABEL}={value}"
         deadline = time.monotonic() + wait_s
         for node in able:
             try:
@@ -126,7 +129,8 @@ class Images:
         fitting = room.fitting(shape)
         if len(set(fitting) & set(good)) < shape.num_nodes:
             # Look at nodes with room first, and at no more than are needed.
-            unknown = sorted(set(able) - set(good) - set(bad), key=lambda node_id: node_id not in fitting)
+            unknown = [node_id for node_id in able if node_id not in good and node_id not in bad]
+            unknown.sort(key=lambda node_id: node_id not in fitting)
             wanted = [each for each in unknown if each in fitting or len(good) < shape.num_nodes][: shape.num_nodes]
             for node_id in wanted:
                 self._ask(shape, node_id)
@@ -163,7 +167,7 @@ class Images:
     async def _answer(self, question: _Question) -> NodeImage:
         name, pinned, gpus, node_id = question
         try:
-            found = await _check_on_node(node_id, name, pinned, gpus)
+            found = await self._check(node_id, name, pinned, gpus)
             self._answers[name, found.pinned or pinned, gpus, node_id] = _Answer(found, time.monotonic())
             return found
         finally:
@@ -199,21 +203,31 @@ async def _check_on_node(node_id: str, name: str, pinned: str, gpus: bool) -> No
 
 
 def _question(shape: ResourceShape, node_id: str) -> _Question:
-    return shape.image, shape.pinned, bool(shape.gpus), node_id
+    name = f"{shape.image}@{shape.content_hash}" if shape.content_hash else shape.image
+    return name, shape.pinned, bool(shape.gpus), node_id
 
 
 def _label(node: Mapping[str, Any]) -> str:
     return str((node.get("Labels") or {}).get(IMAGE_LABEL, ""))
 
 
-def _is_label_of(value: str, image: str) -> bool:
-    """True when the label's value names this image: itself, `name@hash`, or `name` with any hash."""
-    if not value or value == image:
-        return bool(value)
-    name, _, digest = image.partition("@")
-    try:
-        if digest:
-            return value == image_label(name, digest)
-        return value.rpartition("-")[0] == image_label(name, "0" * 64).rpartition("-")[0]
-    except ValueError:
-        return False
+def _label_of(shape: ResourceShape, nodes: Iterable[Mapping[str, Any]]) -> str:
+    """The label of nodes that run in the shape's image, empty when there are none. Raises `ImagesUnfit`.
+
+    A label has the repository and the hash, but no tag. Without a hash to go by, the repository must do.
+    """
+    name, _, given = shape.image.partition("@")
+    digest = shape.content_hash or ("" if given.startswith("sha256:") else given)
+    wanted = image_label(name, digest or "0" * 64)
+    values = sorted({_label(node) for node in nodes} - {""})
+    if shape.image in values:
+        return shape.image
+    if digest:
+        return next((value for value in values if value.rpartition("-")[2] == wanted.rpartition("-")[2]), "")
+    found = [value for value in values if value.rpartition("-")[0] == wanted.rpartition("-")[0]]
+    if len(found) > 1 and not given:
+        raise ImagesUnfit(
+            f"image `{shape.image}` may be any of those that nodes of the Ray cluster run in: {', '.join(found)}\n\n"
+            f"hint: write `image: {name}@HASH`, the hash being what follows the last `-`"
+        )
+    return found[0] if found and not given else ""

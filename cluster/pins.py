@@ -2,14 +2,19 @@
 
     <log_dir>/<workflow>/<run>/image-<hash of the name>.json
 
-A tag that moves during the run changes nothing for it, and an attempt that is found again is in the same image.
+An image of our own that this machine has is known by its content hash: a node whose label or engine has another one
+under the name does not take the step. A tag that moves during the run changes nothing for it, and an attempt that is
+found again is in the same image.
 """
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 from cluster.shape import IMAGE_LABEL, ResourceShape
+from container.engine_socket import EngineError, EngineSocket
+from container.image_label import CONTENT_HASH_LABEL
 from steps import StepRequest
 from steps._files import attempt_dir, read_json, write_once
 
@@ -18,6 +23,15 @@ def pinned_shape(shape: ResourceShape, request: StepRequest) -> ResourceShape:
     """The shape in the image of this run; unchanged without an image, or before the first use of its name."""
     content = read_json(_file(request, shape.image)) if shape.image else None
     return shape if content is None else _within(shape, request, content["pinned"])
+
+
+def with_content_hash(shape: ResourceShape) -> ResourceShape:
+    """The shape with the hash of its image, when that is one of ours and on this machine."""
+    try:
+        labels = EngineSocket(os.environ).inspect_image(shape.image)["Config"]["Labels"] or {}
+    except EngineError:
+        return shape
+    return shape.model_copy(update={"content_hash": labels.get(CONTENT_HASH_LABEL, "")})
 
 
 def pin(shape: ResourceShape, request: StepRequest, pinned: str) -> ResourceShape:
@@ -30,11 +44,13 @@ def pin(shape: ResourceShape, request: StepRequest, pinned: str) -> ResourceShap
 def _within(shape: ResourceShape, request: StepRequest, pinned: str) -> ResourceShape:
     name, _, value = pinned.partition("=")
     if name == IMAGE_LABEL:
-        return shape.model_copy(update={"pinned": pinned, "labels": {**shape.labels, IMAGE_LABEL: value}})
+        return shape.model_copy(
+            update={"content_hash": "", "pinned": pinned, "labels": {**shape.labels, IMAGE_LABEL: value}}
+        )
     is_inside = Path(request.working_dir).is_relative_to(request.plan_dir)
     mounts = (request.plan_dir,) if is_inside else (request.plan_dir, request.working_dir)
     secrets = tuple(sorted(set(request.secrets.values())))
-    return shape.model_copy(update={"pinned": pinned, "mounts": mounts, "secrets": secrets})
+    return shape.model_copy(update={"content_hash": "", "pinned": pinned, "mounts": mounts, "secrets": secrets})
 
 
 def _file(request: StepRequest, image: str) -> Path:

@@ -36,6 +36,8 @@ class ResourceShape(Frozen):
     """Custom Ray resources and how much of each."""
     image: str = ""
     """Container image the step's actor runs in; empty is the node's own Python."""
+    content_hash: str = ""
+    """Hash of our own `image` on the worker's machine, see `cluster.pins`; asked for until the image is pinned."""
     pinned: str = ""
     """What `image` stands for in the run, see `cluster.pins`; set, as the two below, where an attempt is sent out."""
     mounts: tuple[str, ...] = ()

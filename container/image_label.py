@@ -2,6 +2,8 @@
 
 import re
 
+CONTENT_HASH_LABEL = "sygaldry.content_hash"
+"""Label of our images; its value is the hash of all that they are built from."""
 _LONGEST = 63
 """Ray's limit for the value of a label."""
 _HASH_LENGTH = 16

@@ -18,6 +18,8 @@ from cluster.checks import LOGICAL_GPUS_VARIABLE
 from cluster.dispatch import RayDispatch, RayHandle, RayLocation
 from cluster.shape import ResourceShape
 from container import reaper
+from container.image_label import image_label
+from container.kit import ensure_kit, kits_root
 from container.worker import ACTOR_LABEL
 from steps import Progress, StepRequest, StepResult
 from steps._files import attempt_dir
@@ -256,6 +258,47 @@ async def test_an_actor_that_does_not_come_up_is_no_request_for_ever(bench: Benc
     assert (refused.reason, killed.reason) == ("image", "image"), (refused, killed)
     assert "cannot be started" in refused.error and "6MB" in refused.error
     assert "killed because it needed more memory than its limit" in killed.error
+
+
+@pytest.fixture
+def image_node(bench: Bench, ray_image: str, docker_engine: Any) -> Iterator[str]:
+    """A Ray node that runs in the image and says so; the label's value."""
+    label = image_label(ray_image, docker_engine.images.get(ray_image).labels["sygaldry.content_hash"])
+    token, kit = str(bench.head.token_file), str(ensure_kit(kits_root()))
+    container = docker_engine.containers.run(
+        ray_image,
+        ["start", f"--address={bench.head.address}", f"--labels=image={label}", "--num-cpus=1", "--block"],
+        entrypoint="ray",
+        detach=True,
+        network_mode="host",
+        shm_size="200m",
+        user=f"{os.getuid()}:{os.getgid()}",
+        environment={
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": token,
+            "RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL": "minor",
+            "PYTHONPATH": kit,
+        },
+        volumes={path: {"bind": path} for path in (token, kit, str(bench.folder))},
+    )
+    try:
+        yield label
+    finally:
+        container.remove(force=True)
+
+
+async def test_on_a_node_that_is_the_image_the_step_runs_directly(bench: Bench, image_node: str) -> None:
+    before = {each.name for each in bench.containers()}
+    request = bench.look(run_id=uuid.uuid4().hex[:8])
+    labels = {"image": image_node}
+    deadline = time.monotonic() + 60
+    while (result := await bench.run(request, image="", labels=labels)).reason == "infeasible":
+        assert time.monotonic() < deadline, result
+        request = request.model_copy(update={"attempt": request.attempt + 1})
+    result = await bench.run(bench.look(run_id=request.run_id))
+    assert (result.outcome, result.image) == ("succeeded", f"{bench.image}@{image_node}"), result
+    assert result.outputs["inside"] and result.outputs["limits"]["cpus"] in ("-1", "max")
+    assert {each.name for each in bench.containers()} <= before
 
 
 async def test_what_has_no_living_owner_is_reaped(docker_engine: Any, small_image: str) -> None:
