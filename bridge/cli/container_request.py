@@ -71,6 +71,7 @@ class Request:
             info = client.info()
             if may_change:
                 reaper.reap(env)
+                _refuse_taken(client, self.name)
             image, image_env = _image(client, self.image or env.get("SYGALDRY_IMAGE") or DEFAULT_NAME, may_change)
             choice = choose(asked, env, info, ThisMachine(), image_env, lambda text: say(f"warning: {text}"))
         name = self.name or new_name(project, self.entrypoint)
@@ -142,6 +143,18 @@ def _port(text: str) -> tuple[str, tuple[str, int]]:
         found["address"] or "127.0.0.1",
         int(found["host"] or found["port"]),
     )
+
+
+def _refuse_taken(client: "DockerClient", name: str | None) -> None:
+    from docker.errors import NotFound
+
+    if not name:
+        return
+    try:
+        state = client.api.inspect_container(name)["State"]["Status"]
+    except NotFound:
+        return
+    raise Failure(f"there is a container `{name}`, which is {state}", "give another name with `--name`, or none")
 
 
 def _image(client: "DockerClient", name: str, may_change: bool) -> tuple[str, Sequence[str]]:
