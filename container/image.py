@@ -34,6 +34,7 @@ _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "FTP_PROXY", "NO_PROXY", "ALL_PROXY")
 _LABEL = "sygaldry."
 _LINES_OF_ERROR = 40
 _INSTRUCTION = re.compile(r"Step (\d+)/(\d+) : (.*)", re.DOTALL)
+_NOISE = (" ---> ", "Removing intermediate container")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 Say = Callable[[str], None]
@@ -180,7 +181,7 @@ def _follow(answers: Iterable[dict[str, Any]], wanted: Recipe, say: Say, deadlin
             last.clear()
         *lines, rest = (rest + text).split("\n")
         for line in (_COLOUR.sub("", line).rstrip() for line in lines):
-            if line:
+            if line and not line.startswith(_NOISE):
                 last.append(line)
                 say(line)
 

@@ -39,7 +39,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A git checkout with the few files of Spack that a build and the entrypoints look at."""
+    """A git checkout with the few files of Spack, and of its packages, that a build and the entrypoints look at."""
     folder = tmp_path / "spack checkout"
     setup = folder / "share" / "spack" / "setup-env.sh"
     setup.parent.mkdir(parents=True)
@@ -48,6 +48,8 @@ def checkout(tmp_path: Path) -> Path:
     (folder / "lib" / "spack" / "spack" / "__init__.py").write_text('__version__ = "1.2.3"\n')
     (folder / "etc" / "spack").mkdir(parents=True)
     (folder / "etc" / "spack" / "config.yaml").write_text("config: {}\n")
+    (folder / "repos" / "spack_repo" / "builtin").mkdir(parents=True)
+    (folder / "repos" / "spack_repo" / "builtin" / "repo.yaml").write_text("repo: {namespace: builtin}\n")
     git(folder, "init", "--quiet")
     git(folder, "add", ".")
     git(folder, "commit", "--quiet", "--message", "all")
@@ -273,7 +275,7 @@ def test_ids_of_the_host_are_those_of_the_user(
         base=base_image,
         target="slim",
         spack=checkout,
-        spack_packages="",
+        spack_packages=checkout,
         environment=str(environment),
         uid=uid,
         gid=gid,
@@ -284,11 +286,11 @@ def test_ids_of_the_host_are_those_of_the_user(
         id -u; id -g; getent passwd kvothe | cut -d : -f 3,4,6; cat /opt/spack_src/lib/spack/spack/__init__.py
         for place in ~ /workspace /opt/spack_store /opt/spack_src; do touch $place/x; done
         bash /opt/sygaldry/entrypoints/default.sh bash -c 'echo $SPACK_ROOT'
-        echo $SYGALDRY_SPACK_ENVIRONMENT
+        echo $SYGALDRY_SPACK_ENVIRONMENT; cat $(tail -n 1 /opt/spack_src/etc/spack/repos.yaml | cut -d : -f 2)/repo.yaml
         """
         assert run(docker_engine, built.id, program) == [
             *(str(uid), str(gid), f"{uid}:{gid}:/home/kvothe"),
-            *('__version__ = "1.2.3"', "/opt/spack_src", "mine"),
+            *('__version__ = "1.2.3"', "/opt/spack_src", "mine", "repo: {namespace: builtin}"),
         ]
         labels = {key: built.labels[key] for key in ("user", "spack_version", "spack_commit", "environment")}
         head = git(checkout, "rev-parse", "HEAD")
@@ -305,6 +307,73 @@ def test_an_ordinary_user_of_the_base_makes_room(docker_engine: Any, base_image:
     setup = {str(HERE / "container" / "setup"): {"bind": "/setup", "mode": "ro"}}
     program = "useradd --uid 1000 --create-home ubuntu; bash /setup/user.sh 1000 1000; id -un 1000; id -g kvothe"
     assert run(docker_engine, base_image, program, volumes=setup) == ["kvothe", "1000"]
+
+
+@pytest.mark.docker
+@pytest.mark.parametrize(
+    ("distribution", "said", "source"),
+    [
+        (
+            "ubuntu",
+            "--snapshot 20260101T000000Z update",
+            "deb [snapshot=no signed-by=/k] https://nvidia.example/cuda /",
+        ),
+        (
+            "debian",
+            "-o Acquire::Check-Valid-Until=false update",
+            "deb http://snapshot.debian.org/archive/debian/20260101T000000Z x main",
+        ),
+    ],
+)
+def test_packages_come_from_the_archive_of_a_moment(
+    docker_engine: Any, base_image: str, tmp_path: Path, distribution: str, said: str, source: str
+) -> None:
+    """With an apt-get that only tells what it was asked for: neither archive of snapshots is here."""
+    (tmp_path / "os-release").write_text(f"ID={distribution}\n")
+    (tmp_path / "apt-get").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "apt-get").chmod(0o755)
+    sources = {
+        "cuda.list": "deb [signed-by=/k] https://nvidia.example/cuda /",
+        "own.list": "deb http://one.example/debian x main",
+    }
+    program = "".join(f"echo '{line}' >/etc/apt/sources.list.d/{name}; " for name, line in sources.items())
+    program += "bash /setup/apt.sh git >&2; cat /etc/apt/sources.list.d/*.list"
+    places = {HERE / "container" / "setup": "/setup", tmp_path / "os-release": "/etc/os-release"}
+    places[tmp_path / "apt-get"] = "/usr/local/bin/apt-get"
+    mounts = {str(path): {"bind": place, "mode": "ro"} for path, place in places.items()}
+    moment = {"APT_SNAPSHOT": "20260101T000000Z"}
+    lines = run(docker_engine, base_image, program, stderr=True, volumes=mounts, environment=moment)
+    assert source in lines and any(said in line for line in lines), lines
+
+
+@pytest.mark.docker
+def test_spack_from_its_repository_is_the_commit_that_is_wanted(
+    docker_engine: Any, ray_image: str, checkout: Path, tmp_path: Path
+) -> None:
+    """The two repositories are on this machine, under their addresses on the network."""
+    head = git(checkout, "rev-parse", "HEAD")
+    git(checkout, "tag", "v1.1.0")
+    (tmp_path / "gitconfig").write_text(
+        "[safe]\n  directory = *\n[uploadpack]\n  allowAnySHA1InWant = true\n"
+        + "".join(
+            f'[url "file:///origin/.git"]\n  insteadOf = https://github.com/spack/{name}.git\n'
+            for name in ("spack", "spack-packages")
+        )
+    )
+    places = {HERE / "container" / "setup": "/setup", checkout: "/origin", tmp_path / "gitconfig": "/etc/gitconfig"}
+    mounts = {str(source): {"bind": place, "mode": "ro"} for source, place in places.items()}
+    program = """
+    bash /setup/spack.sh /setup 2>&1
+    cat /opt/spack_src/lib/spack/spack/__init__.py /opt/spack_src/etc/spack/repos.yaml || true
+    """
+
+    def lines(commit: str) -> list[str]:
+        env = {"SPACK_VERSION": "v1.1.0", "SPACK_PACKAGES_COMMIT": head, "SPACK_COMMIT": commit}
+        return run(docker_engine, ray_image, program, user="0", volumes=mounts, environment=env)
+
+    assert lines(head)[:2] == ['__version__ = "1.2.3"', "repos:"]
+    (told, *_) = [line for line in lines("0" * 40) if "wanted" in line]
+    assert told == f"v1.1.0 of https://github.com/spack/spack.git is {head}, wanted {'0' * 40}"
 
 
 @pytest.mark.docker

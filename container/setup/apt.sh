@@ -14,11 +14,11 @@ if [[ -n ${APT_SNAPSHOT:-} && $distribution == ubuntu ]]; then
     get install --no-install-recommends ca-certificates
   fi
   # NVIDIA's own repository has no snapshots, and what comes from it is in the base already.
-  find /etc/apt/sources.list.d -name 'cuda*.list' -exec \
+  find /etc/apt -name 'cuda*.list' -exec \
     sed -i -E 's/^deb \[/deb [snapshot=no /; s/^deb (http)/deb [snapshot=no] \1/' {} +
   options=(--snapshot "$APT_SNAPSHOT")
 elif [[ -n ${APT_SNAPSHOT:-} ]]; then
-  find /etc/apt/sources.list /etc/apt/sources.list.d -type f -exec sed -i -E \
+  find /etc/apt -type f '(' -name '*.list' -o -name '*.sources' ')' -exec sed -i -E \
     "s#https?://[^ ]*/(debian(-security)?)/?( |\$)#http://snapshot.debian.org/archive/\1/$APT_SNAPSHOT\3#" {} +
   options=(-o Acquire::Check-Valid-Until=false)
 fi
