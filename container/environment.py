@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ class Environment:
     """One environment, its files read when they are first asked for."""
 
     folder: Path
+    called: str = field(default="", compare=False)
+    """How a person named it; the name by default."""
 
     @property
     def name(self) -> str:
@@ -121,7 +123,7 @@ class Environment:
         if self.lock is None:
             raise EnvironmentProblem(
                 f"environment `{self.name}` has no lock: there is no `{self.lock_file}`\n\n"
-                f"hint: `orchestrate spack lock {self.name}` makes one"
+                f"hint: `orchestrate spack lock {self.called or self.name}` makes one"
             )
         return self.lock
 
@@ -136,7 +138,7 @@ def find(name_or_folder: str | Path, folders: Iterable[Path] = ()) -> Environmen
         folder = folder.parent if folder.name in (MANIFEST, LOCK) else folder
         if not (folder / MANIFEST).is_file():
             raise EnvironmentProblem(f"`{folder}` is not a Spack environment: it has no `{MANIFEST}`")
-        return Environment(folder.resolve())
+        return Environment(folder.resolve(), str(name_or_folder))
     for folder in _searched(folders):
         if (folder / name_or_folder / MANIFEST).is_file():
             return Environment(folder.absolute() / name_or_folder)
@@ -163,7 +165,7 @@ def lock_hash(name_or_folder: str | Path) -> str:
 
 def check_built(environment: Environment, store: Path) -> None:
     """Raise `EnvironmentProblem` unless the store on this machine has the environment, whole and of the same lock."""
-    hint = f"\n\nhint: `orchestrate spack build {environment.name}`"
+    hint = f"\n\nhint: `orchestrate spack build {environment.called or environment.name}`"
     lock = _read_lock(store / "environments" / environment.name / BUILT)
     if lock is None:
         raise EnvironmentProblem(f"environment `{environment.name}` is not built in the store `{store}`{hint}")

@@ -23,4 +23,4 @@ def keep(environment: Environment, printed: str) -> Environment:
     # A line each, so that a change can be read; Spack does not mind.
     temporary.write_text(json.dumps(lock, indent=1) + "\n")
     temporary.replace(environment.lock_file)
-    return Environment(environment.folder)
+    return Environment(environment.folder, environment.called)

@@ -24,6 +24,7 @@ GROUPS = {
     "bridge.cli.worker": ("worker",),
     "bridge.cli.secret": ("secret", "key"),
     "bridge.cli.container": ("container",),
+    "bridge.cli.spack": ("spack",),
 }
 """Module -> the commands in its `COMMANDS`, in the order of `--help`."""
 
