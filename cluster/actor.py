@@ -16,9 +16,12 @@ import traceback
 from pathlib import Path
 
 from cluster import orphans
-from cluster.attempt_folder import Cursor, Poll, attempts_root, read_beyond, sweep, within
+from cluster.attempt_folder import Cursor, Poll, attempts_root, note_copy, read_beyond, sweep, within
+from cluster.moved import to_copy
+from cluster.plan_copies import PlanCopies
 from cluster.plan_modules import PlanModules
 from cluster.shape import ResourceShape
+from cluster.witness import Witness, is_here
 from container.worker import FOLDER_VARIABLE, REFUSED_VARIABLE, UP
 from steps import Frozen, StepRequest
 from steps._files import RESULT
@@ -83,22 +86,41 @@ class StepActor:
             orphans.start(self._folder)
         os.register_at_fork(after_in_child=_end_on_sigterm)
         self._modules = PlanModules()
+        self._copies = PlanCopies(self._folder.parent)
         self._kept = Kept(orphans.kept_key(name)) if shape.actor else None
         self._attempt: _Attempt | None = None
         self._known_keys: set[str] = set()
         self._node = socket.gethostname()
 
-    async def start(self, request: StepRequest, cursor: Cursor, wait_s: float) -> Poll:
-        """Start the attempt, or attach to it when it was started before; then as `poll`."""
+    async def start(
+        self,
+        request: StepRequest,
+        cursor: Cursor,
+        wait_s: float,
+        witness: Witness | None = None,
+        content_hash: str = "",
+    ) -> Poll:
+        """Start the attempt, or attach to it when it was started before; then as `poll`.
+
+        `witness` is of the plan's folder; where that is not here, the copy with the `content_hash` takes its place.
+        """
         if request.key not in self._known_keys:
             if self._attempt is not None and not self._attempt.ended:
                 return Poll(busy=True)
+            folder = within(self._folder, request.key)
+            if witness is None or is_here(witness, Path(request.plan_dir)):
+                request = request.model_copy(update={"cached_artifacts": ()})
+            elif copy_dir := self._copies.hold(content_hash) if content_hash else None:
+                note_copy(folder, request.plan_dir, copy_dir)
+                request = to_copy(request, copy_dir)
+            else:
+                return Poll(away=True)
             self._known_keys.add(request.key)
             gpus = _gpus()
             hidden = {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
             env = self._shape.thread_environment | hidden | request.env
             request = request.model_copy(update={"env": env})
-            self._attempt = _Attempt(request, within(self._folder, request.key), gpus, self._kept)
+            self._attempt = _Attempt(request, folder, gpus, self._kept)
             arguments = self._attempt, asyncio.get_running_loop()
             threading.Thread(target=self._work, args=arguments, name="step", daemon=True).start()
         return await self.poll(request.key, cursor, wait_s)
@@ -120,6 +142,18 @@ class StepActor:
                 await asyncio.wait_for(attempt.thread_left.wait(), _TICK_S)
                 if attempt.ended and not (attempt.folder / RESULT).exists():
                     return Poll(known=False)
+
+    async def holds(self, content_hash: str) -> bool:
+        """True when this node has the copy of a plan's folder with this content; the actor keeps it then."""
+        return self._copies.hold(content_hash) is not None
+
+    async def receive(self, offset: int, data: bytes) -> None:
+        """Take the next piece of a plan's folder."""
+        await asyncio.to_thread(self._copies.receive, offset, data)
+
+    async def unpack(self, content_hash: str) -> None:
+        """Make the copy of a plan's folder from what was received."""
+        await asyncio.to_thread(self._copies.unpack, content_hash)
 
     async def cancel(self, key: str) -> bool:
         """Ask the attempt to end within its grace period; False when it is not here."""

@@ -9,10 +9,13 @@ import tempfile
 import time
 from pathlib import Path
 
+from cluster.moved import from_copy
 from steps import Frozen, StepResult
-from steps._files import HOST, PROGRESS, read_result
+from steps._files import HOST, PROGRESS, read_json, read_result, write_whole
 
 LOGS = ("stdout.log", "stderr.log", "structured.jsonl")
+COPY = "copy.json"
+"""Says that the attempt works in a copy of its plan's folder."""
 LARGEST_CHUNK = 1 << 20
 """Bytes of one log in one answer."""
 _EVIDENCE_S = 86_400.0
@@ -41,6 +44,10 @@ class Poll(Frozen):
     """The attempt was ended by force and the process that ran it is of no further use."""
     node: str = ""
     pid: int = 0
+    away: bool = False
+    """True when a start was refused because the node does not share the plan's folder, and has no copy of it yet."""
+    copy_dir: str = ""
+    """The copy of the plan's folder that the attempt worked in, on a node that does not share it."""
     begun: bool | None = True
     """False when the actor's folder shows that it never began the attempt, None when there is no such folder."""
 
@@ -68,6 +75,12 @@ def sweep(root: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+def note_copy(folder: Path, plan_dir: str, copy_dir: Path) -> None:
+    """Say that the attempt in `folder` works in a copy of its plan's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / COPY, json.dumps({"plan_dir": plan_dir, "copy_dir": str(copy_dir)}))
+
+
 def read_beyond(folder: Path, cursor: Cursor, *, ended: bool) -> Poll:
     """New log bytes and progress. `ended` must have been true before this call for the result to be given."""
     chunks = tuple(_read(folder / name, offset) for name, offset in zip(LOGS, cursor.offsets, strict=True))
@@ -76,10 +89,15 @@ def read_beyond(folder: Path, cursor: Cursor, *, ended: bool) -> Poll:
         progress = (folder / PROGRESS).read_text()
     except FileNotFoundError:
         progress = ""
+    result = read_result(folder) if ended and complete else None
+    copy = read_json(folder / COPY) if result else None
+    if result and copy:
+        result = from_copy(result, copy["copy_dir"], copy["plan_dir"])
     return Poll(
         chunks=(chunks[0], chunks[1], chunks[2]),
         progress=progress,
-        result=read_result(folder) if ended and complete else None,
+        result=result,
+        copy_dir=copy["copy_dir"] if copy else "",
         begun=(folder / HOST).exists() or (False if folder.parent.is_dir() else None),
     )
 

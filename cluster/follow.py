@@ -27,7 +27,10 @@ from cluster.attempt_folder import (
 )
 from cluster.lease import Place
 from cluster.orphans import end_leftovers
+from cluster.package import PackageError
 from cluster.remote import ActorGone, first_line
+from cluster.shipping import ArtifactError, fetch_artifacts, send_folder
+from cluster.witness import look_at
 from steps import Progress, StepRequest, StepResult
 from steps._files import read_result
 
@@ -38,6 +41,8 @@ _ANSWER_S = 15.0
 _UNAVAILABLE_S = 30.0
 """An actor that cannot be reached for so long is given up and killed."""
 _SALVAGE_S = 30.0
+_MOST_SENDINGS = 3
+"""A copy of a plan's folder may be removed between its coming and the start."""
 
 
 class Follower:
@@ -61,6 +66,8 @@ class Follower:
         self._report = report
         self._cursor = Cursor()
         self._shown = Progress()
+        self._witness = look_at(Path(request.plan_dir))
+        self._content_hash = ""
         self._ending = asyncio.Event()
         self._cancelled = False
 
@@ -73,8 +80,10 @@ class Follower:
         except ActorGone as gone:
             self.stuck = True
             return await self._salvage(str(gone))
+        except PackageError as error:
+            return StepResult(outcome="failed", reason="files", error=str(error), final=True)
         self.stuck = poll.stuck
-        return poll.result
+        return await self._with_artifacts(poll)
 
     def end(self, *, cancelled: bool) -> None:
         """End it early; `cancelled` when somebody asked for it, and not when another part of the attempt has failed."""
@@ -87,9 +96,16 @@ class Follower:
         watch = asyncio.ensure_future(self._end_when_told(actor))
         try:
             poll = await self._ask(actor, first=True)
+            for _ in range(_MOST_SENDINGS):
+                if not poll.away:
+                    break
+                await self._send_folder(actor)
+                poll = await self._ask(actor, first=True)
             while poll.result is None and not poll.busy:
                 if not poll.known:
                     raise ActorGone("the actor does not know the attempt any more")
+                if poll.away:
+                    raise ActorGone("the copy of the plan's folder is gone as soon as it is there")
                 poll = await self._ask(actor, first=False)
             return poll
         finally:
@@ -101,7 +117,7 @@ class Follower:
         lost_at: float | None = None
         while True:
             if first:
-                ref = actor.start.remote(self._request, self._cursor, _WAIT_S)
+                ref = actor.start.remote(self._request, self._cursor, _WAIT_S, self._witness, self._content_hash)
             else:
                 ref = actor.poll.remote(self._request.key, self._cursor, _WAIT_S)
             try:
@@ -127,6 +143,32 @@ class Follower:
                 self._copy(poll)
                 return poll
 
+    async def _send_folder(self, actor: Any) -> None:
+        """Raises `ActorGone`, `PackageError`."""
+        self._show(text="sending the plan's folder to the node")
+        try:
+            self._content_hash = await send_folder(actor, self.place, self._request)
+        except (RayError, TimeoutError) as error:
+            await remote.kill(self.place.actor)
+            raise ActorGone(f"it did not take the plan's folder: {first_line(error)}") from error
+
+    async def _with_artifacts(self, poll: Poll) -> StepResult | None:
+        """The result, once the files it promises are in the plan's folder beside the worker."""
+        result = poll.result
+        if result is None or result.outcome != "succeeded" or not poll.copy_dir or not result.artifacts:
+            return result
+        self._show(text="bringing the artifacts home")
+        try:
+            await fetch_artifacts(self.place, poll.copy_dir, Path(self._request.plan_dir), result.artifacts)
+        except ArtifactError as error:
+            lost = {"reason": "artifacts", "error": str(error), "final": True}
+        except (OSError, RayError, TimeoutError) as error:
+            text = f"the artifacts did not come back from `{result.node}`: {first_line(error)}"
+            lost = {"reason": "infrastructure", "error": text}
+        else:
+            return result
+        return result.model_copy(update={"outcome": "failed", "exit_code": None, "outputs": {}, **lost})
+
     async def _end_when_told(self, actor: Any) -> None:
         await self._ending.wait()
         actor.cancel.remote(self._request.key)
@@ -142,7 +184,9 @@ class Follower:
             error = f"{error}; its node does not answer: {first_line(lost)}"
         else:
             # Another worker's driver may have fetched and released it in this moment.
-            if known := poll.result or read_result(self.folder):
+            if poll.result is not None:
+                return await self._with_artifacts(poll)
+            if known := read_result(self.folder):
                 return known
             if poll.begun is False and not self._shown.pid and not any(self._cursor.offsets):
                 return None
@@ -174,7 +218,7 @@ class Follower:
         self._cursor = write_at(self.folder, self._cursor, poll)
         text, fraction = progress_fields(poll.progress)
         line = last_line(poll.chunks[0]) or last_line(poll.chunks[1]) or self._shown.last_line
-        if poll.result is None and poll.known and not poll.busy:
+        if poll.result is None and poll.known and not poll.busy and not poll.away:
             self._show(text=text, fraction=fraction, node=poll.node, pid=poll.pid, last_line=line)
 
     def _show(self, **fields: Any) -> None:

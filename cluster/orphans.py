@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from cluster.plan_copies import remove_unused
 from steps._files import read_json, write_whole
 from steps._process import kill_leftovers
 from steps._request import StepRequest
@@ -54,6 +55,7 @@ def main() -> None:
     kill_leftovers(kept_key(folder.name))
     if current := read_json(folder / _CURRENT):
         end_leftovers(current["step_key"], current["attempt"])
+    remove_unused(folder.parent)
 
 
 if __name__ == "__main__":
