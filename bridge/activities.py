@@ -91,8 +91,8 @@ class Activities:
                 return found
         if is_new:
             self._append_step(request, "step_started" if request.attempt == 1 else "step_retry", message=request.type)
-        async with job_keeper.kept(request):
-            result = await attend(lambda: self._attach(call))
+        async with job_keeper.kept(request, lambda: self._attach(call)) as attach:
+            result = await attend(attach)
         self._write_finished(request, result)
         if call.cache is not None:
             await asyncio.to_thread(keep, call, fields, result, self._cache)

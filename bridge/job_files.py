@@ -89,17 +89,22 @@ class JobFiles:
         values = read_json(self.record.folder / KEPT)
         return Kept(**values) if values else Kept(at=self.record.created_at, heartbeat_at=self.record.created_at)
 
-    def catch_up(self, run_id: str, *, is_running: bool) -> Kept:
-        """Copy what the command has printed since, and say how far it is; `is_running`: the caller sees it run."""
+    def catch_up(self, run_id: str, *, is_running: bool, is_on_node: bool = False) -> Kept:
+        """Copy what the command has printed since, and say how far it is.
+
+        `is_running`: the caller attends to it; `is_on_node`: it has begun, where its process cannot be seen from here.
+        """
         with self._locked() as kept:
             if kept.run_id != run_id or (is_running and kept.state == "LOST"):
                 self._take_over(kept, run_id)
             if kept.goes_on:
                 host, now = self.host(kept), time.time()
-                if host is not None and (self._write_pid(host) or kept.msg != "running"):
+                has_begun = is_on_node or host is not None
+                is_another = host is not None and self._write_pid(host)
+                if is_another or (has_begun and kept.msg != "running"):
                     self._publish(kept, "PROGRESS", "running", heartbeat_at=now)
                 elif is_running and now - kept.heartbeat_at >= self.record.heartbeat_s:
-                    self._publish(kept, "PROGRESS", "running" if host else "waiting", heartbeat_at=now)
+                    self._publish(kept, "PROGRESS", "running" if has_begun else "waiting", heartbeat_at=now)
             self._copy_output(kept)
             self._repair(kept)
             return kept

@@ -9,32 +9,38 @@ files end. Best effort: files that cannot be written do not fail a job.
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from bridge.calls import Finish
+from bridge.dispatch import Handle
 from bridge.job_files import JobFiles
 from bridge.job_look import conclude_from
 from bridge.jobs import STEP_ID, read_record
-from steps import StepRequest
+from steps import Progress, StepRequest, StepResult
 from steps._process import is_alive
 
 STEP_TYPE = "container_job"
 COPY_INTERVAL_S = 0.5
+Attach = Callable[[], Awaitable[Handle]]
 log = logging.getLogger(__name__)
 
 
 @contextlib.asynccontextmanager
-async def kept(request: StepRequest) -> AsyncIterator[None]:
-    """In this block a job's files follow what its step does; nothing happens for any other step."""
+async def kept(request: StepRequest, attach: Attach) -> AsyncIterator[Attach]:
+    """In this block a job's files follow what its step does; nothing happens for any other step.
+
+    Gives the `attach` to use instead, whose handle tells us where the step runs.
+    """
     record = None
     if request.type == STEP_TYPE and request.step_id == STEP_ID:
         record = await asyncio.to_thread(read_record, request.log_dir, request.workflow_id)
     if record is None:
-        yield
+        yield attach
         return
-    keeping = asyncio.create_task(_keep(JobFiles(record), request.run_id))
+    job = _Job(JobFiles(record), request.run_id, attach)
+    keeping = asyncio.create_task(job.keep())
     try:
-        yield
+        yield job.attach
     finally:
         keeping.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -54,17 +60,49 @@ async def conclude(finish: Finish) -> None:
             log.warning("the end of job `%s` is not written: %s", record.job, error)
 
 
-async def _keep(files: JobFiles, run_id: str) -> None:
-    """Until cancelled."""
-    while True:
-        try:
-            await asyncio.to_thread(_look, files, run_id)
-        except OSError as error:
-            log.warning("the files of job `%s` are behind: %s", files.record.job, error)
-        await asyncio.sleep(COPY_INTERVAL_S)
+class _Job:
+    """One attempt of a job that this worker attends to."""
+
+    def __init__(self, files: JobFiles, run_id: str, attach: Attach) -> None:
+        self._files = files
+        self._run_id = run_id
+        self._attach = attach
+        self._node = ""
+
+    async def attach(self) -> "_Handle":
+        return _Handle(await self._attach(), self._show)
+
+    async def keep(self) -> None:
+        """Until cancelled."""
+        while True:
+            try:
+                await asyncio.to_thread(self._look)
+            except OSError as error:
+                log.warning("the files of job `%s` are behind: %s", self._files.record.job, error)
+            await asyncio.sleep(COPY_INTERVAL_S)
+
+    def _show(self, progress: Progress) -> None:
+        self._node = progress.node or self._node
+
+    def _look(self) -> None:
+        host = self._files.host(self._files.read())
+        is_running = host is None or not host["isolated"] or is_alive(host)
+        self._files.catch_up(self._run_id, is_running=is_running, is_on_node=bool(self._node))
 
 
-def _look(files: JobFiles, run_id: str) -> None:
-    host = files.host(files.read())
-    is_running = host is None or not host["isolated"] or is_alive(host)
-    files.catch_up(run_id, is_running=is_running)
+class _Handle:
+    """A handle whose progress is shown to two."""
+
+    def __init__(self, handle: Handle, show: Callable[[Progress], None]) -> None:
+        self._handle = handle
+        self._show = show
+
+    async def wait(self, on_progress: Callable[[Progress], None]) -> StepResult:
+        def show(progress: Progress) -> None:
+            self._show(progress)
+            on_progress(progress)
+
+        return await self._handle.wait(show)
+
+    async def cancel(self) -> StepResult:
+        return await self._handle.cancel()

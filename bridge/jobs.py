@@ -146,14 +146,14 @@ def plan_text(record: JobRecord, options: JobOptions) -> str:
         "id": STEP_ID,
         "name": record.job,
         "type": "container_job",
-        "env": {"SYGALDRY_CONTAINER_ROOT": record.root},
+        "env": _literal({"SYGALDRY_CONTAINER_ROOT": record.root}),
         "secrets": dict(options.secrets),
         "timeout_seconds": options.timeout_s,
         "retry": {"max_attempts": options.retries + 1},
         "container_job": {name: _literal(value) for name, value in block.items() if value},
     }
     if options.gpus not in ("none", "all"):
-        step["resources"] = {"gpus": float(options.gpus)}
+        step["resources"] = {"gpus": int(options.gpus)}
     plan = {"name": record.job, "log_dir": str(record.log_dir), "steps": [step]}
     # JSON is YAML, but for a few letters that YAML takes for the end of a line or for none at all.
     text = json.dumps(plan, ensure_ascii=False)

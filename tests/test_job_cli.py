@@ -225,7 +225,8 @@ def test_limits_retries_secrets_and_the_options_of_the_container(shop: Shop) -> 
 
 def test_wait_with_run_shows_the_output_and_the_end(shop: Shop) -> None:
     printed = shop("run", "--job", "shown", "--wait", "--", "echo out; exit 6", code=1)
-    assert re.fullmatch(f"out\nFAILED job=shown ts={STAMP} rc=6\n", printed) and "shown" in shop.errors
+    assert re.fullmatch(f"out\nFAILED job=shown ts={STAMP} rc=6\n", printed)
+    assert "workflow job-shop-shown-" in shop.errors and "ended with exit code 6" in shop.errors
     found = shop.json("run", "--job", "shown", "--wait", "--", "echo out")
     assert found["state"] == "DONE" and "out\n" in shop.errors
 
@@ -250,6 +251,7 @@ def test_a_job_is_not_started_twice_under_one_name(shop: Shop) -> None:
         (["run", "--job", "x", "--gpus", "some", "--", "true"], "--gpus"),
         (["run", "--job", "x", "--env", "NOT_SET_ANYWHERE", "--", "true"], "--env"),
         (["run", "--job", "x", "--mount", "here", "--", "true"], "--mount"),
+        (["run", "--job", "x", "--heartbeat", "0.5", "--", "true"], "--heartbeat"),
         (["run", "--job", "x", "--timeout", "soon", "--", "true"], "soon"),
         (["wait", "--job", "x", "--timeout", "-1"], "-1"),
         (["status"], "--job"),

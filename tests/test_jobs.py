@@ -1,5 +1,6 @@
 """Jobs without a service: names, the plan that a job is, its files whatever happens to their writers, its judgement."""
 
+import asyncio
 import json
 import os
 import subprocess
@@ -13,14 +14,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bridge.calls import Finish
 from bridge.expressions import render, render_params
 from bridge.job_files import JobFiles, Kept, status_line
+from bridge.job_keeper import conclude, kept
 from bridge.job_look import health, look
 from bridge.jobs import JobError, JobOptions, JobRecord, known_roots, new_record, plan_text, records
 from bridge.reader import read_plan_text
+from bridge.report import RunReport, StepReport
 from steps._files import HOST, RESULT
 from steps._process import identity
-from steps._request import StepResult
+from steps._request import Progress, StepResult
 from steps.container_job import Params
 
 RUN_ID = "run-1"
@@ -280,6 +284,52 @@ def test_whatever_breaks_the_next_look_puts_it_right(
     assert files.raw_log.read_bytes().decode() == attempts.expected
     assert files.status.read_text().startswith("DONE ")
     assert events(files)[0] == "start" and events(files).count("done") == 1 and events(files)[-1] == "done"
+
+
+class Handle:
+    """A step on a node of its own: says where it is, and ends when it is let go."""
+
+    def __init__(self) -> None:
+        self.let_go = asyncio.Event()
+
+    async def wait(self, on_progress: Callable[[Progress], None]) -> StepResult:
+        on_progress(Progress(text="waiting for a node"))
+        on_progress(Progress(node="there"))
+        await self.let_go.wait()
+        return StepResult(outcome="succeeded")
+
+    async def cancel(self) -> StepResult:
+        return StepResult(outcome="cancelled")
+
+
+async def test_a_job_on_another_node_is_kept_up_by_what_its_worker_hears(
+    make_record: Callable[..., JobRecord], step_request: Callable[..., Any]
+) -> None:
+    record, handle, heard = make_record(), Handle(), []
+    JobFiles(record).begin()
+    request = step_request(
+        "job", "container_job", log_dir=str(record.log_dir), workflow_id=record.workflow_id, run_id=RUN_ID
+    )
+
+    async def attach() -> Handle:
+        return handle
+
+    async with kept(request, attach) as told:
+        watched = await told()
+        waiting = asyncio.create_task(watched.wait(heard.append))
+        async with asyncio.timeout(60):
+            while JobFiles(record).read().msg != "running":
+                await asyncio.sleep(0.02)
+        handle.let_go.set()
+        assert (await waiting).outcome == "succeeded" and [progress.node for progress in heard] == ["", "there"]
+        assert (await watched.cancel()).outcome == "cancelled"
+    async with kept(step_request("other"), attach) as told:
+        assert told is attach
+    now = {"started_at": 1.0, "finished_at": 2.0, "duration_s": 1.0, "plan": "train"}
+    step = StepReport(id="job", type="container_job", outcome="succeeded", exit_code=0)
+    said = RunReport(workflow_id=record.workflow_id, run_id=RUN_ID, outcome="succeeded", steps=[step], **now)
+    await conclude(Finish(report=said, log_dir=str(record.log_dir)))
+    assert events(JobFiles(record)) == ["start", "progress", "done"]
 
 
 def answering(**answers: Any) -> Callable[..., Any]:

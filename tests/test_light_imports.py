@@ -15,6 +15,7 @@ LIGHT = (
     "bridge.graph",
     "bridge.plan_schema",
     "bridge.cli.plan",
+    "bridge.cli.job",
     "rl",
     "rl.types",
     "rl.prompts",

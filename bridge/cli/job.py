@@ -28,11 +28,11 @@ from bridge.cli.job_lookup import (
     service_of,
     time_option,
 )
-from bridge.cli.job_watch import follow_output, health, status, tail, wait
+from bridge.cli.job_watch import follow_output, health, print_state, status, tail, wait
 from bridge.cli.options import explained, json_option, service_options
 from bridge.cli.run import submit, visible_lines
 from bridge.cli.watch import Output, cancel
-from bridge.job_files import JobFiles, status_line
+from bridge.job_files import JobFiles
 from bridge.job_look import RC_NOT_RUN, document, look, stop_orphan
 from bridge.jobs import FOREVER_S, HEARTBEAT_S, JobError, JobOptions, JobRecord, new_record, plan_text, records
 from bridge.terminal import columns, duration, moment, visible
@@ -105,6 +105,8 @@ def run_job(
     Exit code 0: started, 2: not valid or the job goes on already, 3: a service not reached. With --wait that of
     `orchestrate job wait`.
     """
+    if heartbeat_s < 1:
+        raise Failure(f"`--heartbeat` is {heartbeat_s:g} s, wanted at least 1 s")
     root = (project_root or Path.cwd()).absolute()
     wanted = _options(timeout_s=timeout_s or FOREVER_S, **options)
     connection = connect(address, namespace, task_queue)
@@ -118,6 +120,7 @@ def run_job(
     except JobError as error:
         raise Failure(str(error)) from error
     files = JobFiles(record)
+    _check_writable(record)
     with explained(connection), files.launching() as is_ours:
         if not is_ours:
             raise Failure(f"another process launches job `{name}` at this moment")
@@ -145,10 +148,7 @@ def run_job(
         watcher = Watcher(record, connection)
         follow_output(record, watcher, lines=None, as_json=False, stream=sys.stderr if as_json else sys.stdout)
         kept = watcher.wait()
-    if as_json:
-        Output(as_json=True).print_json(document(record, kept))
-    else:
-        print(status_line(name, kept))
+    print_state(record, kept, as_json)
     return EXIT_CODES[kept.state]
 
 
@@ -212,15 +212,25 @@ def stop(job: str, run: str | None, project_id: str, project_root: Path | None, 
             else:
                 stop_orphan(record)
             kept = watcher.wait(timeout_s)
-    if as_json:
-        Output(as_json=True).print_json(document(record, kept))
-    else:
-        print(status_line(job, kept))
+    print_state(record, kept, as_json)
     return int(had_ended) or (TIMED_OUT if kept.goes_on else 0)
 
 
 for command in (status, tail, wait, health):
     job.add_command(command)
+
+
+def _check_writable(record: JobRecord) -> None:
+    """`Failure` where a job could not leave its files."""
+    try:
+        record.log_dir.mkdir(parents=True, exist_ok=True)
+        if not os.access(record.log_dir, os.W_OK):
+            raise PermissionError(13, os.strerror(13))
+    except OSError as error:
+        raise Failure(
+            f"the container root `{record.root}` cannot be written: {error.strerror}",
+            "set SYGALDRY_CONTAINER_ROOT to a folder of your own",
+        ) from error
 
 
 def _check_ended(record: JobRecord) -> None:

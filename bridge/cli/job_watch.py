@@ -48,7 +48,7 @@ def status(as_json: bool, **job: Any) -> None:
     `orchestrate job wait --timeout 0`.
     """
     record = _find(job)
-    _print(record, looked_at(record), as_json)
+    print_state(record, looked_at(record), as_json)
 
 
 @click.command()
@@ -92,7 +92,7 @@ def wait(timeout_s: float | None, as_json: bool, **job: Any) -> int:
     record = _find(job)
     with explained(service_of(record)) as connection:
         kept = Watcher(record, connection).wait(timeout_s)
-    _print(record, kept, as_json)
+    print_state(record, kept, as_json)
     return EXIT_CODES.get(kept.state, TIMED_OUT)
 
 
@@ -157,11 +157,14 @@ def _find(job: Job) -> JobRecord:
     return find_job(job["job"], project_of(job["project_id"], job["project_root"]), job["run"])
 
 
-def _print(record: JobRecord, kept: Kept, as_json: bool) -> None:
+def print_state(record: JobRecord, kept: Kept, as_json: bool) -> None:
+    """The status line, and on stderr why it is so; or the document."""
     if as_json:
         Output(as_json=True).print_json(document(record, kept))
-    else:
-        print(status_line(record.job, kept))
+        return
+    print(status_line(record.job, kept), flush=True)
+    if kept.state in ("FAILED", "LOST") and kept.msg:
+        print(visible(kept.msg), file=sys.stderr)
 
 
 def _print_lines(lines: "Iterator[bytes] | deque[bytes]") -> None:
