@@ -231,7 +231,7 @@ def _image_id(client: "DockerClient", image: str, say: Callable[[str], None]) ->
     except APIError as error:
         raise LaunchError(
             f"image `{image}` is not on this machine and cannot be pulled: {error.explanation or error}\n\n"
-            "hint: build it, or set `image` (or `SYGALDRY_IMAGE`) to one that exists"
+            "hint: build it (`orchestrate container build`), or set `image` (or `SYGALDRY_IMAGE`) to one that exists"
         ) from error
 
 

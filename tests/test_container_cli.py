@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import io
 import itertools
 import json
 import os
@@ -16,6 +17,7 @@ import termios
 import time
 import uuid
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -23,7 +25,9 @@ import pytest
 
 from bridge.cli.container_request import _port
 from container.command_line import docker_run
+from container.image_spec import ImageSpec
 from container.launch import SECRETS_IN_CONTAINER, Job, run_options
+from container.standard_image import standard_image
 
 pytestmark = pytest.mark.docker
 
@@ -469,3 +473,24 @@ def test_an_image_is_built_once_and_listed(commands, ray_image, base_image):
     assert ray_image in table and image["content_hash"][:16] in table and "Ray" in table
     wrong = commands.run("build", "--spack", "./missing")
     assert wrong.returncode == 2 and "is not a folder" in wrong.stderr
+
+
+def test_the_standard_image_is_kept_up_to_date_and_others_are_taken_as_they_are(docker_engine, ray_image, base_image):
+    spec = ImageSpec(name="sygaldry-test/ray:slim", base=base_image, target="slim", spack="")
+    said = []
+    assert ray_image in standard_image(docker_engine, spec.name, said.append, spec).tags and said == []
+    # As when its inputs have changed: the name stands for an older image of the same choices.
+    other = f"sygaldry-test/older:{uuid.uuid4().hex[:8]}"
+    older, _ = docker_engine.images.build(
+        fileobj=io.BytesIO(f"FROM {ray_image}\nLABEL sygaldry.content_hash=0\n".encode()), tag=other, rm=True
+    )
+    try:
+        older.tag(spec.name, force=True)
+        assert ray_image in standard_image(docker_engine, spec.name, said.append, spec).tags
+        assert docker_engine.images.get(spec.name).id != older.id
+        older.tag(spec.name, force=True)
+        kept = standard_image(docker_engine, spec.name, said.append, replace(spec, environment="other"))
+        assert kept.id == older.id and said == []
+    finally:
+        docker_engine.images.get(ray_image).tag(spec.name, force=True)
+        docker_engine.images.remove(other)

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 from bridge.cli.container_engine import engine, say
 from bridge.cli.failure import Failure
 from container import reaper
+from container.environment import EnvironmentProblem, environments, find
 from container.foreground import new_name
 from container.gpu_choice import choose, parse_gpus
-from container.image_spec import DEFAULT_NAME, ImageError, ImageSpec
+from container.image_spec import DEFAULT_NAME
 from container.launch import PORTABLE_NAMES, SECRET_NAMES, Job
 from container.machine import ThisMachine
-from container.mounts import container_root, parse_mounts, project_id
+from container.mounts import Mount, container_root, parse_mounts, project_id
+from container.spack_place import ENVIRONMENTS
 
 if TYPE_CHECKING:
     from docker import DockerClient
@@ -59,9 +61,9 @@ class Request:
         """
         try:
             project = project_id(self.project_id or env.get("SYGALDRY_PROJECT_ID", ""), self.workspace)
-            mounts = parse_mounts(self.mounts, Path.cwd())
+            mounts = [*self._environments(), *parse_mounts(self.mounts, Path.cwd())]
             asked = parse_gpus(self.gpus) if self.gpus else None
-        except ValueError as error:
+        except (ValueError, EnvironmentProblem) as error:
             raise Failure(str(error)) from error
         ports = dict(_port(text) for text in self.ports)
         if ports and self.network == "host":
@@ -97,6 +99,16 @@ class Request:
         )
         return job, info
 
+    def _environments(self) -> list[Mount]:
+        """Folders of Spack environments that are needed beside what is built of them."""
+        if self.entrypoint.startswith("spack-"):
+            wanted = environments()
+        elif self.environment and "/" in self.environment:
+            wanted = [find(self.environment)]
+        else:
+            return []
+        return [Mount(str(each.folder), f"{ENVIRONMENTS}/{each.name}", read_only=True) for each in wanted]
+
     def _environment(self, env: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
         """What the container's environment gets in the open, and what by file."""
         names = [*PORTABLE_NAMES, *SECRET_NAMES, *(_OF_INSTALLERS if self.of_project else ())]
@@ -109,7 +121,8 @@ class Request:
                 raise Failure(f"variable `{name}` is not set here", f"set it, or give a value: `--env {name}=VALUE`")
             whole[name] = value if given else env[name]
         if self.environment:
-            whole["SYGALDRY_SPACK_ENVIRONMENT"] = self.environment
+            # A folder has been mounted under its name.
+            whole["SYGALDRY_SPACK_ENVIRONMENT"] = Path(self.environment).name
         hidden = _secrets(self.secrets)
         whole.update(hidden)
         secret = {
@@ -158,30 +171,15 @@ def _refuse_taken(client: "DockerClient", name: str | None) -> None:
 
 
 def _image(client: "DockerClient", name: str, may_change: bool) -> tuple[str, Sequence[str]]:
-    """Name of an image that is here, and its environment."""
-    from docker.errors import APIError, ImageNotFound
+    """Name of the image, and its environment as far as it is known."""
+    from docker.errors import ImageNotFound
 
-    from container.image import ensure
+    from container.standard_image import standard_image
 
-    if name == DEFAULT_NAME and may_change:
-        try:
-            name = ensure(client, ImageSpec(), say).names[0]
-        except ImageError as error:
-            if not client.images.list(name):
-                raise
-            say(f"warning: `{name}` is used as it is, it cannot be brought up to date: {error}")
     try:
-        found = client.images.get(name)
+        found = standard_image(client, name, say) if may_change else client.images.get(name)
     except ImageNotFound:
-        if not may_change:
-            say(f"hint: `{name}` is not on this machine; a launch gets it first")
-            return name, ()
-        say(f"image `{name}` is not on this machine; pulling it")
-        try:
-            found = client.images.pull(name)
-        except APIError as error:
-            raise Failure(
-                f"image `{name}` is not on this machine and cannot be pulled: {error.explanation or error}",
-                "`orchestrate container build --tag NAME` builds one, `orchestrate container images` lists ours",
-            ) from error
-    return name, found.attrs["Config"].get("Env") or []
+        say(f"hint: `{name}` is not on this machine; a launch gets it first")
+        return name, ()
+    # A standard image is built under a name that tells its content.
+    return name if name in found.tags else str(found.id), found.attrs["Config"].get("Env") or []
