@@ -73,16 +73,16 @@ class JobFiles:
         self._launch_lock = folder / f".{record.project_id}.{record.job}.lock"
 
     def begin(self) -> None:
-        """Write the record, and START where an earlier run's state was to be seen."""
+        """Take the place of the run before, then write the record and START."""
         self.status.parent.mkdir(parents=True, exist_ok=True)
         self.raw_log.parent.mkdir(parents=True, exist_ok=True)
+        link = self.newest_status.with_name(f".{self.newest_status.name}.{self.record.run}")
+        link.symlink_to(self.status.name)
+        link.replace(self.newest_status)
         self.record.write()
         with self._locked() as kept:
             self._publish(kept, "START", "start", heartbeat_at=kept.at)
             self.raw_log.touch()
-        link = self.newest_status.with_name(f".{self.newest_status.name}.{self.record.run}")
-        link.symlink_to(self.status.name)
-        link.replace(self.newest_status)
 
     def read(self) -> Kept:
         """What was last written."""
