@@ -142,6 +142,9 @@ def _base_digest(client: "DockerClient", spec: ImageSpec, say: Say) -> str:
 
 def _build(client: "DockerClient", wanted: Recipe, say: Say, deadline: float, *, use_cache: bool) -> BuiltImage:
     say(f"building `{wanted.content_name}` from `{wanted.spec.base}`")
+    for checkout in wanted.context.checkouts.values():
+        if not checkout.is_clean:
+            say(f"changes in `{checkout.folder}` that are not committed are left out")
     proxies = {name: os.environ[name] for each in _PROXIES for name in (each, each.lower()) if os.environ.get(name)}
     with tempfile.TemporaryFile() as archive, _hung_up_at_the_end(client):
         wanted.context.write_archive(archive)
