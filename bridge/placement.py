@@ -9,9 +9,9 @@ from bridge.calls import StepCall
 from bridge.current_cluster import chosen_cluster
 from bridge.dispatch import Dispatch, LocalDispatch
 from bridge.plan import Resources
-from bridge.services import start_ray
+from bridge.services import RayUnusable, start_ray
 from bridge.state import State
-from cluster.dispatch import RayDispatch, RayHandle, RayLocation
+from cluster.dispatch import ClusterUnusable, RayDispatch, RayHandle, RayLocation
 from cluster.shape import ResourceShape
 from steps import Progress, StepRequest, StepResult
 
@@ -76,7 +76,10 @@ def ray_dispatch(state: State) -> RayDispatch:
     async def locate() -> RayLocation:
         if address:
             return RayLocation(address=address, token_file=token_file)
-        ray = await asyncio.to_thread(start_ray, state)
+        try:
+            ray = await asyncio.to_thread(start_ray, state)
+        except RayUnusable as error:
+            raise ClusterUnusable(str(error)) from error
         return RayLocation(address=ray.address, token_file=str(ray.token_file))
 
     return RayDispatch(locate, driver_log=state.log_file("ray-driver"))

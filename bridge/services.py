@@ -29,6 +29,10 @@ class ServiceError(Exception):
     """A local service could not be started, reached or stopped. The CLI exits with 3."""
 
 
+class RayUnusable(ServiceError):
+    """The local Ray cannot start, and trying again does not help."""
+
+
 @dataclass(frozen=True)
 class Services:
     """The local services, ready to take work."""
@@ -105,7 +109,7 @@ def find(state: State) -> Services | None:
 def start_ray(state: State, timeout_s: float = 65.0) -> RayService:
     """The local Ray, started if need be; callers at the same time share one start.
 
-    `ServiceError` with the end of its log when it cannot start.
+    `ServiceError` with the end of its log when it cannot start; `RayUnusable` when waiting will not help.
     """
     answer = _ask(state, {"do": "start_ray"}, timeout_s)
     if answer is None:
@@ -114,7 +118,8 @@ def start_ray(state: State, timeout_s: float = 65.0) -> RayService:
             f"hint: `orchestrate status` shows what runs; Ray's log is `{state.log_file('ray')}`"
         )
     if "error" in answer:
-        raise ServiceError(f"{answer['error']}\n\nhint: the whole log is `{state.log_file('ray')}`")
+        kind = RayUnusable if answer.get("final") else ServiceError
+        raise kind(f"{answer['error']}\n\nhint: the whole log is `{state.log_file('ray')}`")
     ray = answer["ray"]
     return RayService(ray["address"], ray["dashboard"], Path(ray["token_file"]))
 

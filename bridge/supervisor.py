@@ -34,6 +34,8 @@ LOCK_TIMEOUT_S = 30.0
 WORKER_DRAIN_S = 5.0
 RAY_END_S = 1.5
 PORT_PATIENCE_S = 1.0
+STARTS_TO_GIVE_UP = 3
+"""A Ray that ends so often in a row while it starts will not start by trying again."""
 TEMPORAL_END_S = 2.0
 
 
@@ -52,6 +54,9 @@ class Supervisor:
         self._ui = False
         self._ports: dict[str, dict[str, int]] = {"temporal": {}, "ray": {}}
         self._ray_usable = False
+        self._ray_cannot_start = False
+        self._ray_failures = 0
+        """How often in a row Ray ended while it started."""
         self._ray_asked: list[socket.socket] = []
         self._stop_asked: list[socket.socket] = []
         self._selector = selectors.DefaultSelector()
@@ -104,8 +109,13 @@ class Supervisor:
             with append_private(child.log) as log:
                 log.write(f"cannot start {child.name}: {error}\n".encode())
             child.since = time.time()
+            if child is self._ray:
+                # A full process table heals; a token with a wrong mode does not.
+                self._ray_cannot_start = not isinstance(error, BlockingIOError)
             self._ended(child)
             return
+        if child is self._ray:
+            self._ray_cannot_start = False
         self._say(f"started {child.name}, pid {child.pid}")
         self._watch(child)
         self._save()
@@ -130,6 +140,7 @@ class Supervisor:
             # An actor outlives its raylet for a while: it must not go on while its step is tried again.
             ray_head.kill_leftovers(self._state)
             if not was_usable:
+                self._ray_failures += 1
                 self._ray_failed("Ray ended while it started")
                 if child.crashes == 0:
                     self._wanted.remove(child)
@@ -184,6 +195,7 @@ class Supervisor:
             dashboard_yields = dashboard_yields or ray_head.make_dashboard_yield(pid)
             self._ray_usable = ray_head.address_file(self._state).read_text() != ""
         if self._ray_usable:
+            self._ray_failures = 0
             self._answer_ray({"ray": self._ray_answer()})
         elif time.monotonic() > deadline:
             self._ray_failed(f"Ray was not usable after {RAY_START_TIMEOUT_S:.0f} s")
@@ -200,7 +212,8 @@ class Supervisor:
         }
 
     def _ray_failed(self, reason: str) -> None:
-        self._answer_ray({"error": f"{reason}:\n{tail(self._ray.log)}"})
+        is_final = self._ray_cannot_start or self._ray_failures >= STARTS_TO_GIVE_UP
+        self._answer_ray({"error": f"{reason}:\n{tail(self._ray.log)}", "final": is_final})
 
     def _answer_ray(self, answer: dict[str, Any]) -> None:
         asked, self._ray_asked = self._ray_asked, []

@@ -35,8 +35,15 @@ class RayLocation(Frozen):
     """File with the cluster's token; empty for a cluster without one."""
 
 
+class ClusterUnusable(Exception):
+    """There will be no cluster, however long one waits."""
+
+
 Locate = Callable[[], Awaitable[RayLocation]]
-"""Finds, or starts, the cluster; asked again for every driver, so a head that comes back elsewhere is found."""
+"""Finds, or starts, the cluster; asked again for every driver, so a head that comes back elsewhere is found.
+
+Raises `ClusterUnusable` when trying again is useless; after any other error it is asked again.
+"""
 
 
 class RayHandle:
@@ -126,7 +133,7 @@ class RayDispatch:
             if not self._handles:
                 return
             if is_final or time.monotonic() - lost_at > self._patience_s:
-                self._fail_all(reason)
+                self._fail_all(reason, final=is_final)
                 return
             for handle in list(self._handles.values()):
                 handle.show(
@@ -139,6 +146,8 @@ class RayDispatch:
         """One life of a driver: whether it was connected, why it ended, whether trying again is useless."""
         try:
             location = await self._locate()
+        except ClusterUnusable as error:
+            return False, str(error), True
         except Exception as error:
             return False, f"{type(error).__name__}: {error}", False
         config = DriverConfig(**location.model_dump(), idle_ttl_s=self._idle_ttl_s)
@@ -199,10 +208,10 @@ class RayDispatch:
             with contextlib.suppress(OSError, RuntimeError):
                 self._driver.stdin.write(json.dumps(message).encode() + b"\n")
 
-    def _fail_all(self, reason: str) -> None:
+    def _fail_all(self, reason: str, *, final: bool) -> None:
         for key, handle in list(self._handles.items()):
             del self._handles[key]
-            handle.result.set_result(StepResult(outcome="failed", reason="infrastructure", error=reason))
+            handle.result.set_result(StepResult(outcome="failed", reason="infrastructure", error=reason, final=final))
 
     async def _end_driver(self) -> None:
         driver, self._driver = self._driver, None

@@ -17,7 +17,7 @@ import pytest
 import pytest_asyncio
 
 from cluster.call import RayCall
-from cluster.dispatch import RayDispatch, RayHandle, RayLocation
+from cluster.dispatch import ClusterUnusable, RayDispatch, RayHandle, RayLocation
 from cluster.shape import ResourceShape
 from steps import Progress, StepRequest, StepResult
 from steps._files import attempt_dir
@@ -314,7 +314,7 @@ async def test_what_was_dispatched_and_is_lost_is_not_started_again(bench: Bench
 WORKER = """
 import asyncio, sys
 from pathlib import Path
-from cluster.dispatch import RayDispatch, RayLocation
+from cluster.dispatch import ClusterUnusable, RayDispatch, RayLocation
 from cluster.shape import ResourceShape
 from steps import StepRequest
 
@@ -398,6 +398,19 @@ async def test_a_wrong_token_is_named(ray_head: Any, tmp_path: Path) -> None:
     await dispatch.close()
     assert result.reason == "infrastructure"
     assert "refuses the token" in result.error
+
+
+async def test_a_cluster_that_cannot_be_fails_at_once_for_good(ray_head: Any, tmp_path: Path) -> None:
+    async def locate() -> RayLocation:
+        raise ClusterUnusable("the token has mode `0640`")
+
+    dispatch = RayDispatch(locate, patience_s=600, driver_log=tmp_path / "driver.log")
+    handles = [await dispatch.attach_or_start(Bench(ray_head, tmp_path).shell("true"), ResourceShape()) for _ in "ab"]
+    results = [await asyncio.wait_for(handle.wait(), 60) for handle in handles]
+    await dispatch.close()
+    assert {(result.reason, result.final, result.error) for result in results} == {
+        ("infrastructure", True, "the token has mode `0640`")
+    }
 
 
 async def test_no_cluster_fails_when_patience_ends(ray_head: Any, tmp_path: Path) -> None:

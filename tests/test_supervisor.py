@@ -261,7 +261,7 @@ def test_ray_is_not_started_with_a_token_others_can_read(local_state: State, sta
     services.ensure(local_state, worker_command=stand_in_worker)
     ray_head.ensure_token(local_state.ray_token_file)
     local_state.ray_token_file.chmod(0o640)
-    with pytest.raises(services.ServiceError, match="mode `0640`"):
+    with pytest.raises(services.RayUnusable, match="mode `0640`"):
         services.start_ray(local_state)
     assert "ray" not in pids(local_state)
 
