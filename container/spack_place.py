@@ -85,6 +85,8 @@ class Inside:
 
     host_store: Path | None = None
     """Host folder to use as the store; the project's own by default."""
+    more: tuple[Mount, ...] = ()
+    """Further mounts, such as of a mirror, or of a Spack at `/opt/spack_src`."""
     store: str = STORE
     entrypoints: str = ENTRYPOINTS
 
@@ -98,7 +100,7 @@ class Inside:
         if self.host_store is not None:
             self.host_store.mkdir(parents=True, exist_ok=True)
             mounts.append(Mount(str(self.host_store.absolute()), self.store))
-        return mounts
+        return [*mounts, *self.more]
 
 
 def lock_command(place: Place, environment: Environment, *options: str) -> list[str]:

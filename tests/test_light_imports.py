@@ -16,6 +16,8 @@ LIGHT = (
     "bridge.plan_schema",
     "bridge.cli.plan",
     "bridge.cli.job",
+    "bridge.cli.spack",
+    "bridge.autobuild",
     "rl",
     "rl.types",
     "rl.prompts",

@@ -34,11 +34,10 @@ def autobuild(
     detach: bool,
     quiet: bool,
     as_json: bool,
-    here: bool,
-    store: Path | None,
-    image: str,
-    project_id: str,
-    **service: Any,
+    address: str | None,
+    namespace: str | None,
+    task_queue: str | None,
+    **place: Any,
 ) -> int:
     """Build ENVIRONMENT and verify it, as a run that goes on whatever dies meanwhile.
 
@@ -48,7 +47,7 @@ def autobuild(
     from bridge.autobuild import Container, Effort, plan_name, plan_text
 
     found = locked(environment)
-    site = Site.of(here=here, store=store, image=image, project_id=project_id)
+    site = Site.of(**place)
     effort = Effort(tries, pause_s, timeout_s, wait_s)
     with problems():
         text = plan_text(found, site.place, effort, Container(site.project_id, site.root, site.image))
@@ -56,7 +55,7 @@ def autobuild(
     request: dict[str, Any] = {
         "text": text, "path": str(path), "given": {}, "workflow_id": None, "log_dir": None, "format": "yaml"
     }  # fmt: skip
-    with connected(service) as connection:
+    with connected({"address": address, "namespace": namespace, "task_queue": task_queue}) as connection:
         if isinstance(connection, LocalConnection) and not connection.is_up():
             check_here(request)
             connection.ensure()

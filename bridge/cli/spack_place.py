@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,8 @@ import click
 
 from bridge.cli.failure import Failure, Unreachable
 from container.environment import Environment, EnvironmentProblem
-from container.mounts import container_root, project_id
+from container.mounts import container_root, parse_mounts
+from container.mounts import project_id as project_of
 from container.spack_place import Here, Inside
 
 Function = Callable[..., Any]
@@ -28,10 +29,13 @@ _ORCHESTRATE = (sys.executable, "-P", "-m", "bridge.cli.main")
 
 
 def place_options(command: Function) -> Function:
-    """`--here`, `--store`, `--image`, `--project-id`: which Spack works on which store."""
+    """`--here`, `--store`, `--image`, `--mount`, `--project-id`: which Spack works on which store."""
     folder = click.Path(file_okay=False, path_type=Path)
     for decorate in (
         click.option("--project-id", default="", metavar="NAME", help="Whose store it is; by the folder's name."),
+        click.option(
+            "--mount", "mounts", multiple=True, metavar="HOST:CONTAINER[:ro]", help="A further mount. Repeatable."
+        ),
         click.option("--image", default="", metavar="NAME", help="Image with Spack; the standard one by default."),
         click.option("--store", type=folder, help="Folder of this machine that is the store."),
         click.option("--here", is_flag=True, help="Use the Spack in SPACK_ROOT, not that of the standard container."),
@@ -51,14 +55,18 @@ class Site:
     image: str
 
     @classmethod
-    def of(cls, *, here: bool, store: Path | None, image: str, project_id: str) -> "Site":
+    def of(cls, *, here: bool, store: Path | None, image: str, mounts: Sequence[str], project_id: str) -> "Site":
         """What the options of `place_options` ask for. Raises `Failure`, unreachable where there is no Spack."""
-        project = _project_id(project_id)
+        try:
+            project = project_of(project_id or os.environ.get("SYGALDRY_PROJECT_ID", ""), Path.cwd())
+            more = tuple(parse_mounts(mounts, Path.cwd()))
+        except ValueError as error:
+            raise Failure(str(error)) from error
         root = container_root(os.environ, project).absolute()
         if not here:
-            return cls(Inside(store), project, root, image)
-        if image:
-            raise click.UsageError("`--here` uses no image, so `--image` means nothing")
+            return cls(Inside(store, more), project, root, image)
+        if image or mounts:
+            raise click.UsageError("`--here` starts no container, so `--image` and `--mount` mean nothing")
         try:
             return cls(Here.of(os.environ, store), project, root, "")
         except EnvironmentProblem as error:
@@ -122,13 +130,6 @@ class Site:
         for mount in mounts:
             options += ["--mount", mount]
         return [*_ORCHESTRATE, "container", verb, *options, "--", *command], dict(os.environ)
-
-
-def _project_id(given: str) -> str:
-    try:
-        return project_id(given or os.environ.get("SYGALDRY_PROJECT_ID", ""), Path.cwd())
-    except ValueError as error:
-        raise Failure(str(error)) from error
 
 
 def _end(process: subprocess.Popen[str]) -> None:

@@ -3,11 +3,20 @@
 
 store=${SYGALDRY_SPACK_STORE:-/opt/spack_store}
 
+# Puts Spack on the path, without its shell functions, and makes the store. Ends the script where there is none.
 require_spack() {
-  source_spack || { warn 'there is no Spack here: neither SPACK_ROOT nor /opt/spack_src holds one'; exit 1; }
-  # Spack's own misc caches and clones of package repositories stay with the store.
-  export SPACK_USER_CACHE_PATH=${SPACK_USER_CACHE_PATH:-$store/user_cache}
-  mkdir -p "$store" || { warn "the store $store cannot be written; set SYGALDRY_SPACK_STORE to a folder that can"; exit 1; }
+  local root
+  for root in "${SPACK_ROOT:-/nonexistent}" /opt/spack_src; do
+    if [[ -x $root/bin/spack ]]; then
+      export SPACK_ROOT=$root PATH=$root/bin:$PATH
+      # Clones of package repositories stay with the store.
+      export SPACK_USER_CACHE_PATH=${SPACK_USER_CACHE_PATH:-$store/user_cache}
+      mkdir -p "$store" || { warn "the store $store cannot be made; SYGALDRY_SPACK_STORE names another"; exit 1; }
+      return
+    fi
+  done
+  warn 'there is no Spack here: neither SPACK_ROOT nor /opt/spack_src holds one'
+  exit 1
 }
 
 # Prints the folder of environment $1: a path, or a name that is looked for where environments are mounted or lie.

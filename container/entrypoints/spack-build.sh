@@ -22,9 +22,8 @@ hold_store "${source_folder##*/}"
 folder=$store/environments/${source_folder##*/}
 work_copy "$source_folder" "$folder"
 cp "$source_folder/spack.lock" "$folder/.built.lock"
-# Without --only-concrete Spack would lock again whatever the manifest says beyond the lock.
+# It makes the view too. Without --only-concrete it would lock again whatever the manifest says beyond the lock.
 spack -e "$folder" install --only-concrete --show-log-on-error "$@"
-spack -e "$folder" env view regenerate
 spack -e "$folder" python "$ENTRYPOINTS/_missing_roots.py"
 # Steps that name the environment look for this: it is there when all of the above went well.
 mv "$folder/.built.lock" "$folder/built.lock"
