@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from bridge import services
+from bridge.current_cluster import current_cluster
 from bridge.state import State
 
 NOT_RUNNING = 3
@@ -32,7 +33,7 @@ def up(ui: bool, as_json: bool, timeout_s: float) -> None:
         services.ensure(state, ui=ui, timeout_s=timeout_s)
     except services.ServiceError as error:
         raise _Unreachable(str(error)) from error
-    _print_status(services.status(state), as_json)
+    _print_status(_found(state), as_json)
 
 
 @click.command()
@@ -69,22 +70,33 @@ def down(as_json: bool, timeout_s: float) -> None:
 @click.pass_context
 def status(context: click.Context, as_json: bool) -> None:
     """Show the local services. Exit code 0 when they run, 3 when they do not."""
-    found = services.status(State.from_environment())
+    found = _found(State.from_environment())
     _print_status(found, as_json)
     if not found["processes"]:
         context.exit(NOT_RUNNING)
+
+
+def _found(state: State) -> dict[str, Any]:
+    """The services, and the cluster where steps go instead of the local Ray: `{name, address}` or None."""
+    cluster = current_cluster(state)
+    return {
+        **services.status(state),
+        "cluster": {"name": cluster.name, "address": cluster.address} if cluster else None,
+    }
 
 
 def _print_status(found: dict[str, Any], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(found))
         return
+    cluster = found["cluster"]
     rows = [
         ("state", found["state_dir"]),
         ("temporal", found["temporal"]["address"] or "not running"),
         ("temporal ui", found["temporal"]["ui"]),
         ("ray", found["ray"]["address"] or "not running (starts with the first step that needs it)"),
         ("ray dashboard", found["ray"]["dashboard"]),
+        ("cluster", f"{cluster['name']} at {cluster['address']}, instead of the local ray" if cluster else None),
     ]
     for process in found["processes"]:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(process["since"]))
