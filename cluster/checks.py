@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.attempt_folder import attempts_root
+from cluster.plan_copies import remove_unused
 from container import reaper
 from container.engine import EngineUnreachable, connect
 from container.engine_socket import EngineError, EngineSocket
@@ -76,6 +77,7 @@ def check_image(name: str, pinned: str, gpus: bool) -> NodeImage:
     """
     # Node tasks come by for every image, so whatever was left here by a node that died is found soon.
     reaper.reap(os.environ)
+    remove_unused(attempts_root())
     try:
         return _check(name, pinned, gpus and not os.environ.get(LOGICAL_GPUS_VARIABLE))
     except (ImageUnfit, EngineUnreachable, EngineError, LaunchError, OSError) as error:

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
@@ -18,6 +19,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.checks import NodeImage, check_image
+from cluster.plan_copies import copies_folder
 from cluster.room import Room
 from cluster.shape import IMAGE_LABEL, ResourceShape, fits
 from container.image_label import image_label
@@ -56,6 +58,7 @@ class Placing(NamedTuple):
             python=self.image.python,
             kit=self.image.kit,
             folder=f"{self.image.attempts}/{actor}",
+            copies=str(copies_folder(Path(self.image.attempts))),
             mounts=shape.mounts,
             secrets=shape.secrets,
             cpus=shape.container_cpus,

@@ -54,6 +54,8 @@ class WorkerSpec:
     """Folder on the node, see `container.kit`."""
     folder: str
     """The actor's folder on the node; it is made, and seen at the same path."""
+    copies: str = ""
+    """Folder on the node for copies of plans' folders; the same holds for it."""
     mounts: Sequence[str] = ()
     """Folders of the node that are seen at the same path; the first is also `/workspace`. Missing ones are left out."""
     secrets: Sequence[str] = ()
@@ -84,7 +86,8 @@ def main() -> None:
     env = os.environ
     try:
         engine = EngineSocket(env)
-        Path(spec.folder).mkdir(mode=0o700, parents=True, exist_ok=True)
+        for folder in (spec.folder, spec.copies):
+            Path(folder).mkdir(mode=0o700, parents=True, exist_ok=True)
         raylet = int(env["RAY_RAYLET_PID"])
         reaper.start_watch([os.getpid(), raylet], spec.container, env)
         private = reaper.make_private_folder(spec.container)
@@ -104,7 +107,8 @@ def worker_config(spec: WorkerSpec, worker: Sequence[str], env: Mapping[str, str
     """The engine's description of the container; writes what the node keeps in variables and files are for."""
     options = dict(each.removeprefix("--").partition("=")[::2] for each in worker[1:])
     session = Path(options["temp-dir"]) / options["session-name"]
-    mounts = [*_step_mounts(spec, env), Mount(str(session), str(session)), Mount(spec.folder, spec.folder)]
+    folders = (str(session), spec.folder, spec.copies)
+    mounts = [*_step_mounts(spec, env), *(Mount(folder, folder) for folder in folders)]
     inside = {
         **{name: value for name, value in env.items() if _is_allowed(name, env)},
         "RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL": "minor",
