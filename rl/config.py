@@ -24,6 +24,9 @@ class EngineConfig(Frozen):
     cache_gb: Annotated[float, Field(gt=0)] = 1.0
     """Memory for keys and values."""
     num_threads: Annotated[int, Field(ge=1)] = 1
+    reproducible: bool = False
+    """Sample one group at a time, turn by turn, so that the same group by the same weights is the same to the bit,
+    whatever else is sampled; slower."""
     parity_limit: Annotated[float, Field(gt=0)] = 1e-4
     """Largest difference of log-probabilities, in nats, between trainer and engine after a change of weights (fp32)."""
 
