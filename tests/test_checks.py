@@ -344,6 +344,11 @@ def test_ids_that_are_instances_of_a_matrix() -> None:
         ("resources: {memory: -1}", "got `-1`"),
         ("resources: {cpus: -1}", "at least 0"),
         ("resources: {gpus: two}", "got `two`"),
+        ("resources: {gpus: 1.5}", "wanted a part of one, or a whole number"),
+        ("resources: {nodes: 0.5}", "wanted a whole number of at least 1"),
+        ("resources: {nodes: 2, actor: a}", "a step on several nodes cannot name an `actor`"),
+        ("resources: {actor: ''}", "wanted a name"),
+        ('artifacts: ["${{ params.none }}"]', "there is no param `none`"),
         ("resources: {custom: {x: .nan}}", "got `nan`"),
         ("retry: {on: [0]}", "got exit code `0`"),
         ("retry: {on: [256]}", "got exit code `256`"),
@@ -360,6 +365,14 @@ def test_ids_that_are_instances_of_a_matrix() -> None:
 )
 def test_values_that_make_no_sense(field: str, why: str) -> None:
     assert why in said(plan_text(command("a", field)))
+
+
+def test_steps_of_one_actor_ask_for_the_same() -> None:
+    same = "resources: {actor: m, gpus: 1}"
+    assert said(plan_text(command("a", same), command("b", same))) == ""
+    text = said(plan_text(command("a", same), command("b", "resources: {actor: m}")))
+    assert "steps `a` and `b` name the actor `m` and ask for different things" in text
+    assert "hint: give both the same `resources` and `image`, or another `actor`" in text
 
 
 @pytest.mark.parametrize("memory", ["1024", "8GiB", "512 MB", "1.5g", "100b", "'${{ params.m }}'"])

@@ -19,6 +19,13 @@ def value(): return [1, 2]
 def nothing(): pass
 def with_context(context, a): return {"key": context.key, "a": a, "cwd": os.getcwd()}
 def own(context="mine"): return context
+def keeping(context):
+    made = [context.keep("list", list) for _ in "ab"]
+    return {"same": made[0] is made[1], "rank": context.gang.rank, "size": context.gang.size}
+def forked():
+    if os.fork() == 0:
+        return {"from": "child"}
+    return {"from": "parent", "status": os.wait()[1]}
 class Group:
     @staticmethod
     def method(): return "in a class"
@@ -61,6 +68,14 @@ async def test_functions_are_called(call: Run, name: str, arguments: dict[str, A
 async def test_a_context_is_given_to_who_asks(call: Run, tmp_path: Path) -> None:
     result = await call("tasks_of_plan:with_context", a=5)
     assert result.outputs == {"key": "flow/run/step/1", "a": 5, "cwd": str(tmp_path)}
+
+
+async def test_what_a_step_alone_keeps_is_its_own(call: Run) -> None:
+    assert (await call("tasks_of_plan:keeping")).outputs == {"same": True, "rank": 0, "size": 1}
+
+
+async def test_a_forked_child_that_returns_has_no_result(call: Run) -> None:
+    assert (await call("tasks_of_plan:forked")).outputs == {"from": "parent", "status": 0}
 
 
 @pytest.mark.parametrize(

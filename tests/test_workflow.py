@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import time
 import uuid
@@ -139,6 +140,8 @@ async def test_retry_keeps_the_logs_of_every_attempt_and_stops_at_what_it_is_not
         ({"cpus": "${{ params.amount }}"}, "`cpus` of `resources` is `many`, wanted a number"),
         ({"memory": "${{ params.amount }}"}, "`memory` of `resources` is `many`, wanted bytes"),
         ({"custom": {"slot": "${{ -1 }}"}}, "`slot` of `resources` is `-1`, wanted a number of at least 0"),
+        ({"nodes": "${{ 1.5 }}"}, "`nodes` of `resources` is `1.5`, wanted a whole number of at least 1"),
+        ({"nodes": "${{ 2 }}", "actor": "a"}, "a step on several nodes cannot name an `actor`"),
     ],
 )
 async def test_resources_that_turn_out_wrong_fail_the_step_at_once(
@@ -218,6 +221,26 @@ async def test_retry_runs_only_what_did_not_succeed(client: Client, tmp_path: Pa
     assert (tmp_path / "once.txt").read_text() == "x\n"
     assert (tmp_path / "last.txt").read_text() == "4\n"
     assert (await client.report(first.workflow_id, first.run_id)).outcome == "failed"
+
+
+async def test_promised_artifacts_are_in_the_report_and_in_the_cache(client: Client, tmp_path: Path) -> None:
+    script = 'mkdir -p out; echo made > "out/$N"; echo ran >> runs'
+    steps = [
+        shell("make", script, env={"N": "a.txt"}, artifacts=["out/${{ env.N }}"], cache=True),
+        shell("forget", "true", artifacts=["none/*.bin"], allow_failure=True),
+    ]
+    first = await client.run(Plan(steps=steps), plan_dir=tmp_path, log_dir=tmp_path / "logs")
+    digest = hashlib.sha256(b"made\n").hexdigest()
+    assert first.steps[0].artifacts == {"out/a.txt": f"sha256:{digest}"}
+    assert (first.steps[1].outcome, first.steps[1].error) == (
+        "failed",
+        "the step did not make its declared artifact `none/*.bin`",
+    )
+    second = await client.run(Plan(steps=steps[:1]), plan_dir=tmp_path, log_dir=tmp_path / "logs")
+    assert (second.steps[0].reason, second.steps[0].artifacts) == ("cached", first.steps[0].artifacts)
+    (tmp_path / "out" / "a.txt").write_text("changed")
+    await client.run(Plan(steps=steps[:1]), plan_dir=tmp_path, log_dir=tmp_path / "logs")
+    assert (tmp_path / "runs").read_text() == "ran\nran\n"
 
 
 async def test_cached_steps_give_their_old_outputs(client: Client, tmp_path: Path) -> None:
