@@ -18,7 +18,7 @@ _TEXT = f"""\
 spack:
   specs:
 %(specs)s  view:
-    %(name)s:
+    %(key)s:
       root: {STORE}/views/%(name)s
   concretizer:
     unify: true
@@ -70,8 +70,9 @@ _CUDA = """\
 
 def render(name: str, specs: Sequence[str], *, cuda: bool = False, build_jobs: int = 8) -> str:
     """Text of a manifest; `cuda` makes the image's CUDA and cuDNN known to Spack."""
-    lines = "".join(f"  {yaml.safe_dump([spec], width=10_000)}" for spec in specs)
-    return _TEXT % {"name": name, "specs": lines, "build_jobs": build_jobs} + (_CUDA if cuda else "")
+    lines = "".join(f"  - {_scalar(spec)}\n" for spec in specs)
+    values = {"name": name, "key": _scalar(name), "specs": lines, "build_jobs": build_jobs}
+    return _TEXT % values + (_CUDA if cuda else "")
 
 
 def create(folder: Path, name: str, specs: Sequence[str] = (), *, cuda: bool = False) -> Path:
@@ -92,3 +93,8 @@ def create(folder: Path, name: str, specs: Sequence[str] = (), *, cuda: bool = F
     finally:
         temporary.unlink()
     return path
+
+
+def _scalar(text: str) -> str:
+    """Quoted where YAML would take it for something else."""
+    return yaml.safe_dump([text], width=10_000)[2:].rstrip()
