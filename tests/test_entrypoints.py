@@ -258,7 +258,7 @@ class Hub:
 
     files = {
         "owner/tiny": ("config.json", b'{"model_type": "tiny"}'),
-        "owner/rows": ("data/train.jsonl", b'{"text": "one"}\n{"text": "two"}\n'),
+        "owner/rows": ("train.jsonl", b'{"text": "one"}\n{"text": "two"}\n'),
     }
 
     def __init__(self, serve: Callable[..., str]) -> None:
@@ -267,15 +267,18 @@ class Hub:
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         self.tokens.append(request.headers.get("Authorization"))
+        request.rfile.read(int(request.headers.get("Content-Length") or 0))
         path = request.path.partition("?")[0]
-        found = re.fullmatch(r"(?:/api/(models|datasets)|/datasets)?/(owner/[^/]+)(?:/(\w+)(/.*)?)?", path)
+        found = re.fullmatch(r"(?:/api/(models|datasets)|/datasets)?/(owner/[^/]+)(?:/([\w-]+)(/.*)?)?", path)
         if found is None or found[2] not in self.files:
             self.send(request, 404, b"{}", "RepoNotFound")
             return
         name, content = self.files[found[2]]
-        if found[3] == "resolve":
+        if found[3] == "resolve" and path.endswith(f"/{name}"):
             self.send(request, 200, content)
-        elif found[3] == "tree":
+        elif found[3] == "resolve":
+            self.send(request, 404, b"", "EntryNotFound")
+        elif found[3] in ("tree", "paths-info"):
             self.send(request, 200, json.dumps([{"type": "file", "path": name, "size": len(content), "oid": "1" * 40}]))
         else:
             self.send(request, 200, json.dumps({"id": found[2], "sha": COMMIT, "siblings": [{"rfilename": name}]}))
@@ -314,6 +317,11 @@ def test_hf_download_fills_the_cache_where_look_ups_find_it(
 
     code, said, errors = run(ray_image, ["hf-download", "dataset", "owner/rows"], env, mounts)
     assert code == 0 and said.strip().endswith(f"/hub/datasets--owner--rows/snapshots/{COMMIT}"), errors
+    code, said, errors = run(ray_image, ["hf-download", "dataset", "owner/rows", "default", "train"], env, mounts)
+    assert code == 0 and said.strip().splitlines()[-1].startswith("/opt/hf_cache/datasets/owner___rows/"), errors
+    program = "from datasets import load_dataset as f; print(f('owner/rows', split='train')[1]['text'])"
+    python = f"/opt/bazel_cache/{venv.relative_to(tmp_path / 'bazel')}/bin/python"
+    assert run(ray_image, [python, "-c", program], offline, mounts).out.strip() == "two"
     # A quote in an id is only a strange id.
     code, _, errors = run(
         ray_image, ["hf-download", "model", "x'); import os; os.mkdir('/workspace/hacked"], env, mounts

@@ -24,7 +24,7 @@ def main() -> int:
         print(f"{kind} `{repo_id}` cannot be had from {constants.ENDPOINT}: {_first_line(error)}", file=sys.stderr)
         print(f"\nhint: {told}; private and gated ones need HF_TOKEN", file=sys.stderr)
         return 1
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+    except (HfHubHTTPError, HFValidationError, OSError, RuntimeError, ValueError) as error:
         print(f"{kind} `{repo_id}`: {type(error).__name__}: {_first_line(error)}", file=sys.stderr)
         return 1
     return 0
