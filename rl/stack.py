@@ -62,6 +62,10 @@ class PartLost(Exception):
     """The process behind a generator or the trainer is gone. The argument says which and how."""
 
 
+class ParityError(Exception):
+    """Trainer and engine do not agree on what the weights say, so the run must stop. The argument is a report."""
+
+
 class Generator(Protocol):
     """Samples whole groups, many at a time."""
 
