@@ -48,6 +48,12 @@ class OnPremises(LocalNodeProvider):  # type: ignore[misc]  # Ray has no types
         for ip in free[:count]:
             self._record(ip, tags)
 
+    def get_command_runner(self, log_prefix: str, node_id: str, auth_config: dict[str, Any], *others: Any) -> Any:
+        """Runs commands on a machine, with the key where this process's home is: ssh takes `~` for the user's own."""
+        if key := auth_config.get("ssh_private_key"):
+            auth_config = {**auth_config, "ssh_private_key": str(Path(key).expanduser())}
+        return super().get_command_runner(log_prefix, node_id, auth_config, *others)
+
     def _tags(self, kind: str, name: str) -> dict[str, str]:
         head_type = self.provider_config["types"][self.provider_config["head_ip"]]
         return {
