@@ -221,6 +221,13 @@ def test_verify_gpu_fails_without_a_gpu(run: Run, ray_image: str) -> None:
     assert {name: found["installed"] for name, found in report["frameworks"].items()} == {"torch": False, "jax": False}
 
 
+def test_verify_gpu_reports_an_environment_that_is_not_built(run: Run, ray_image: str, gpu_machine) -> None:
+    code, said, _ = run(ray_image, ["verify-gpu", "--json"], {**gpu_machine, "SYGALDRY_SPACK_ENVIRONMENT": "nope"})
+    report = json.loads(said)
+    assert code == 1 and report["problems"] == ["the Spack environment nope cannot be activated"]
+    assert report["frameworks"]["torch"]["usable"] is True
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [

@@ -64,19 +64,20 @@ def main() -> int:
     parser.add_argument("--report", type=Path, help="also write the report to this file")
     parser.add_argument("--frameworks", default="torch,jax", help="what must work (default: torch,jax)")
     parser.add_argument("--timeout", type=float, default=300, metavar="SECONDS", help="limit of each check (300)")
+    parser.add_argument("--problem", action="append", default=[], help=argparse.SUPPRESS)
     given = parser.parse_args()
     names = [name for name in given.frameworks.split(",") if name]
     if unknown := [name for name in names if name not in PROBES]:
         parser.error(f"unknown framework `{unknown[0]}`; known: {', '.join(PROBES)}")
-    report = examine(names, given.timeout)
+    report = examine(names, given.timeout, given.problem)
     if given.report:
         write(given.report, json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2) if given.json else describe(report))
     return 0 if report["ok"] else 1
 
 
-def examine(names: list[str], timeout_s: float) -> dict[str, Any]:
-    """Everything found, and in `problems` what is wrong in words."""
+def examine(names: list[str], timeout_s: float, known: list[str]) -> dict[str, Any]:
+    """Everything found, and in `problems` what is wrong in words, with what is known to be."""
     gpus: list[dict[str, str]] = []
     problems: list[str] = []
     lines = output(["nvidia-smi", "--query-gpu=" + ",".join(QUERY), "--format=csv,noheader,nounits"], problems)
@@ -89,7 +90,7 @@ def examine(names: list[str], timeout_s: float) -> dict[str, Any]:
     cuda = re.search(r"CUDA Version:\s*([\d.]+)", output(["nvidia-smi"], [])) if gpus else None
     nvcc = re.search(r"release ([\d.]+)", output(["nvcc", "--version"], []))
     frameworks = {name: probe(name, timeout_s) for name in names}
-    problems += [f"{name}: {found['error']}" for name, found in frameworks.items() if not found["usable"]]
+    problems += known + [f"{name}: {found['error']}" for name, found in frameworks.items() if not found["usable"]]
     return {
         "ok": not problems,
         "problems": problems,

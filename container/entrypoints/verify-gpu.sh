@@ -7,10 +7,12 @@ source "${BASH_SOURCE[0]%/*}/_common.sh"
 
 load_secrets
 add_cuda_paths
-activate_wanted_environment || exit 1
+problem=()
+# Told in the report as well, so the check goes on.
+activate_wanted_environment || problem=(--problem "the Spack environment ${SYGALDRY_SPACK_ENVIRONMENT:-of this folder} cannot be activated")
 if ! command -v python3 >/dev/null; then
   warn 'there is no python3 to check with'
   exit 1
 fi
 # -P: a file of the current folder must not stand in for a package.
-exec python3 "$ENTRYPOINTS/_verify_gpu.py" "$@"
+exec python3 "$ENTRYPOINTS/_verify_gpu.py" "${problem[@]}" "$@"
