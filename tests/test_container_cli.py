@@ -288,11 +288,14 @@ def test_secrets_come_by_file_and_no_record_shows_them(commands):
     stored = commands.run("set", "STORED", argv=[*CLI[:-1], "secret"], text="st0red-value\n")
     assert stored.returncode == 0, stored.stderr
     env = {"HF_TOKEN": "t0ken-value", "OTHER": "0ther-value", "HTTP_PROXY": "http://me:pr0xy-value@127.0.0.1:1"}
-    options = ["--name", commands.name, "--secret", "STORED", "--secret", "OTHER"]
-    script = 'echo "$HF_TOKEN $STORED $OTHER $HTTP_PROXY"; read x'
+    options = ["--name", commands.name, "--secret", "STORED", "--secret", "OTHER", "--env", "URL=x/0ther-value"]
+    script = 'echo "$HF_TOKEN $STORED $OTHER $HTTP_PROXY $URL"; read x'
     shown = commands.run("launch", "--dry-run", *options, "--", "bash", "-c", script, env=env)
+    # The command line that was typed is the one place that may show what the user wrote there.
+    options[-1:] = ["URL"]
+    env["URL"] = "x/0ther-value"
     process = commands.start("launch", *options, "--", "bash", "-c", script, env=env, stdin=subprocess.PIPE)
-    assert process.stdout.readline() == f"t0ken-value st0red-value 0ther-value {env['HTTP_PROXY']}\n"
+    assert process.stdout.readline() == f"t0ken-value st0red-value 0ther-value {env['HTTP_PROXY']} x/0ther-value\n"
     container = commands.container()
     record = json.dumps(container.client.api.inspect_container(container.id)) + shown.stdout + shown.stderr
     for each in psutil.process_iter():
@@ -362,9 +365,26 @@ def test_gpus_that_are_asked_for_and_not_there_are_an_error(commands, docker_eng
     assert warned.returncode == 0 and "no GPU for this container" in warned.stderr
 
 
+def test_a_gpu_container_is_tried_when_asked_for(commands, docker_engine):
+    if "nvidia" in docker_engine.info()["Runtimes"]:
+        pytest.skip("this engine has GPUs")
+    done = commands.run("diagnose", "--test", "--quiet")
+    assert done.returncode == 1 and "FAIL  test" in done.stdout and "sees no GPU" in done.stdout
+
+
 def test_without_an_engine_the_code_is_3(commands):
     done = commands.run("launch", "--", "true", env={"DOCKER_HOST": "unix:///nowhere.sock"})
     assert done.returncode == 3 and "no Docker Engine answers" in done.stderr
+
+
+def test_help_needs_no_heavy_module():
+    heavy = "docker", "ray", "torch", "temporalio", "huggingface_hub"
+    code = f"import sys\nfor name in {heavy}: sys.modules[name] = None\nfrom bridge.cli.main import main\n"
+    for verb in ("launch", "build", "diagnose", "sync"):
+        done = subprocess.run(
+            [sys.executable, "-c", f"{code}sys.exit(main(['container', '{verb}', '--help']))"], timeout=60
+        )
+        assert done.returncode == 0
 
 
 def test_ports_are_published_on_loopback_unless_told_otherwise():

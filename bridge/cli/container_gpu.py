@@ -18,8 +18,9 @@ _COLOURS = {"PASS": "green", "INFO": "cyan", "WARN": "yellow", "FAIL": "red"}
 @click.option("--quiet", "-q", is_flag=True, help="Only what is wrong.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def diagnose(test: bool, image: str | None, fix: bool, quiet: bool, as_json: bool) -> int:
-    """Look at driver, modules, device nodes, Docker and its NVIDIA runtime, and say what to do. Changes nothing.
+    """Say why GPUs can or cannot be used in containers here.
 
+    Looks at the driver, its modules and device nodes, Docker and its NVIDIA runtime, and changes nothing.
     Exit code 0 when nothing is wrong (there may be warnings), 1 when something is.
     """
     from container.finding import document, fixes, has_problems
@@ -43,7 +44,8 @@ def diagnose(test: bool, image: str | None, fix: bool, quiet: bool, as_json: boo
         if finding.hint:
             click.echo(f"                {click.style('hint:', bold=True)} {visible(finding.hint)}")
     if fix:
-        click.echo("\n".join(["", "# nothing was changed; these commands would help:", *fixes(findings)]))
+        commands = fixes(findings) or ["# none: no command can help here"]
+        click.echo("\n".join(["", "# nothing was changed; these commands would help:", *commands]))
     if not quiet:
         counts = document(findings)["counts"]
         click.echo(f"\n{counts['FAIL']} wrong, {counts['WARN']} to be looked at, {counts['PASS']} fine")

@@ -42,8 +42,9 @@ if TYPE_CHECKING:
 @click.option("--quiet", is_flag=True, help="Show nothing of the build, unless it fails.")
 @click.option("--json", "as_json", is_flag=True, help="The image as one JSON document on stdout.")
 def build(no_cache: bool, quiet: bool, as_json: bool, **given: Any) -> None:
-    """Build the standard image, unless there is one made from the same Dockerfile and inputs.
+    """Build the standard image, if its content has changed.
 
+    By default nothing is built when there is an image made from the same Dockerfile and inputs.
     Exit code 2 when it cannot be built, 3 when no engine answers.
     """
     from container.image import build as build_image

@@ -91,8 +91,9 @@ def launch_options(command: Function) -> Function:
 @launch_options
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 def launch(entrypoint: str, command: tuple[str, ...], **given: Any) -> None:
-    """Run an entrypoint, with what it is given, in a container that ends with this command.
+    """Run an entrypoint in a container, in the foreground.
 
+    What follows the options is given to the entrypoint; those that run a program take it as it stands.
     Signals are passed on and the exit code is the container's: 125 when Docker could not start it, 126 and 127 when
     the program in it could not be run. Exit code 2 for what cannot be launched as asked, 3 when no engine answers.
 
@@ -107,7 +108,10 @@ def launch(entrypoint: str, command: tuple[str, ...], **given: Any) -> None:
 @launch_options
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 def shell(command: tuple[str, ...], **given: Any) -> None:
-    """Open a shell in the standard container, or run COMMAND as that shell would see it."""
+    """Open a shell in the standard container.
+
+    With a COMMAND, run that instead, as the shell would see it.
+    """
     start("default", command, given)
 
 
@@ -115,10 +119,10 @@ def shell(command: tuple[str, ...], **given: Any) -> None:
 @launch_options
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True)
 def run(command: tuple[str, ...], **given: Any) -> None:
-    """Run COMMAND of a repository in the standard container, in the repository's Python environment.
+    """Run a repository's command in the standard container.
 
-    The environment lies over the Spack view and is made by `sync`, the first time by this command. It is not used
-    when a wheel of torch or CUDA hides the view's.
+    It runs in the repository's Python environment, which lies over the Spack view and is made by `sync`, the first time
+    by this command. With a wheel of torch or CUDA in it, which would hide the view's, nothing runs (exit code 1).
 
     \b
     orchestrate container run -- python train.py --epochs 3
@@ -134,10 +138,10 @@ def run(command: tuple[str, ...], **given: Any) -> None:
 @click.option("--group", "groups", multiple=True, metavar="NAME", help="Dependency group. Repeatable.")
 @launch_options
 def sync(requirements: str | None, extras: tuple[str, ...], groups: tuple[str, ...], **given: Any) -> None:
-    """Make or update the repository's Python environment, as its uv.lock, pyproject.toml or requirements.txt says.
+    """Make or update a repository's Python environment.
 
-    It lies over the Spack view: torch, JAX and CUDA stay the view's. What would need another version of them is
-    refused, with exit code 1.
+    It gets what uv.lock, pyproject.toml or requirements.txt says, and lies over the Spack view: torch, JAX and CUDA
+    stay the view's. What would need another version of them is refused, with exit code 1.
     """
     options = ["--requirements", requirements] if requirements else []
     options += [word for name in extras for word in ("--extra", name)]

@@ -128,7 +128,9 @@ class Request:
         secret = {
             name: value
             for name, value in whole.items()
-            if name in hidden or name in SECRET_NAMES or _CREDENTIALS.search(value)
+            if name in SECRET_NAMES
+            or _CREDENTIALS.search(value)
+            or any(each in value for each in hidden.values() if each)
         }
         return {name: value for name, value in whole.items() if name not in secret}, secret
 

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from container.entrypoints import _project as project
+    from container.entrypoints import _overlay as overlay
+    from container.entrypoints._project import asked_for
 else:
     # A script finds what lies beside it.
-    import _project as project
+    import _overlay as overlay
+    from _project import asked_for
 
 BUILT_AGAINST_TORCH = ("flash-attn", "causal-conv1d", "mamba-ssm", "xformers", "deepspeed")
 """Compiled against the torch that is there, so they must see it while they are built."""
@@ -24,21 +26,19 @@ ROUNDS = 3
 """How often uv is asked again without what it wanted of the view's; what is left then is refused."""
 
 
-class Overlay(project.Project):
+class Growing(overlay.Overlay):
     """An environment that only ever grows, in a folder of the user's."""
 
     def __init__(self, venv: Path) -> None:
-        super().__init__()
-        self.venv = venv.absolute()
-        self.venv_python = self.venv / "bin" / "python"
+        super().__init__(venv.absolute())
 
     def add(self, arguments: Sequence[str]) -> None:
         """Install what uv makes of `arguments`. Raises `Refused`."""
-        with self._alone():
-            view = project._packages(self.python)
+        with self.alone():
+            view = overlay.packages(self.python)
             self._refuse_foreign()
-            self._make(view)
-            withheld = project.Withheld(view)
+            self.make(view)
+            withheld = overlay.Withheld(view)
             overrides = self.venv / "sygaldry-overrides.txt"
             isolation = [f"--no-build-isolation-package={name}" for name in BUILT_AGAINST_TORCH]
             words = ["--python", str(self.venv_python), "--override", str(overrides), *isolation, *arguments]
@@ -48,22 +48,22 @@ class Overlay(project.Project):
                 hiding = {name for name in _planned(words) if withheld.has(name)}
                 if not hiding:
                     break
-                project._say(f"left out {', '.join(sorted(hiding))}: the view has its own")
+                overlay.say(f"left out {', '.join(sorted(hiding))}: the view has its own")
                 left_out |= hiding
-            before = set(project._names_in(self.venv))
-            project._uv("pip", "install", *words)
+            before = set(overlay.names_in(self.venv))
+            overlay.uv("pip", "install", *words)
             self._check_added(withheld, before, arguments)
 
     def _refuse_foreign(self) -> None:
         if self.venv_python.is_symlink() and not (self.venv / "sygaldry-view.json").exists():
-            raise project.Refused(
+            raise overlay.Refused(
                 f"`{self.venv}` was not made by uv-install\n\nhint: remove it, or name another by --venv"
             )
 
-    def _check_added(self, withheld: project.Withheld, before: set[str], arguments: Sequence[str]) -> None:
-        added = [name for name in project._names_in(self.venv) if name not in before]
+    def _check_added(self, withheld: overlay.Withheld, before: set[str], arguments: Sequence[str]) -> None:
+        added = [name for name in overlay.names_in(self.venv) if name not in before]
         problems = [f"`{name}` would hide the view's own build" for name in added if withheld.has(name)]
-        seen = project._packages(str(self.venv_python), *_requirements(arguments))
+        seen = overlay.packages(str(self.venv_python), *_requirements(arguments))
         problems += [
             f"{each['by'].replace('the repository', 'you')} want{'' if each['by'] == 'the repository' else 's'} "
             f"{each['name']}{each['wanted']}, the view has {each['got']}"
@@ -73,8 +73,8 @@ class Overlay(project.Project):
         if not problems:
             return
         if added:
-            project._uv("pip", "uninstall", "--quiet", "--python", str(self.venv_python), *added)
-        raise project.Refused(
+            overlay.uv("pip", "uninstall", "--quiet", "--python", str(self.venv_python), *added)
+        raise overlay.Refused(
             "this does not fit the view: " + "; ".join(problems) + "; what was added is taken out again\n\n"
             "hint: ask for the view's version, or build a Spack environment that has the other one"
         )
@@ -83,17 +83,17 @@ class Overlay(project.Project):
 def _planned(words: Sequence[str]) -> list[str]:
     """Names of what uv would install. Raises `Refused`."""
     argv = ["uv", "pip", "install", "--dry-run", "--color", "never", *words]
-    environment = {**project._UV, **os.environ}
+    environment = {**overlay.UV_SETTINGS, **os.environ}
     try:
-        done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=project.INSTALL_TIMEOUT_S)
+        done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=overlay.INSTALL_TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        raise project.Refused(
-            f"`uv pip install` did not say within {project.INSTALL_TIMEOUT_S} s what it would install"
+        raise overlay.Refused(
+            f"`uv pip install` did not say within {overlay.INSTALL_TIMEOUT_S} s what it would install"
         ) from None
     if done.returncode:
         sys.stderr.write(done.stderr)
-        raise project.Refused("nothing is installed: above is what uv said")
-    return [project._plain(name) for name in re.findall(r"^ \+ ([^\s=@]+)", done.stderr, re.MULTILINE)]
+        raise overlay.Refused("nothing is installed: above is what uv said")
+    return [overlay.plain(name) for name in re.findall(r"^ \+ ([^\s=@]+)", done.stderr, re.MULTILINE)]
 
 
 def _requirements(arguments: Sequence[str]) -> list[str]:
@@ -101,7 +101,7 @@ def _requirements(arguments: Sequence[str]) -> list[str]:
     found: list[str] = []
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
         if argument in ("-r", "--requirement", "--requirements"):
-            found += project._asked_for([Path(following)])
+            found += asked_for([Path(following)])
         elif not argument.startswith("-"):
             found.append(argument)
     return found
@@ -110,14 +110,14 @@ def _requirements(arguments: Sequence[str]) -> list[str]:
 def main() -> int:
     """Install; 1 with a message when that is refused."""
     venv, *arguments = sys.argv[1:]
-    overlay = Overlay(Path(venv))
+    growing = Growing(Path(venv))
     try:
-        overlay.add(arguments)
-    except project.Refused as refused:
-        project._say(f"error: {refused}")
+        growing.add(arguments)
+    except overlay.Refused as refused:
+        overlay.say(f"error: {refused}")
         return 1
-    project._say(
-        f"installed into {os.path.relpath(overlay.venv)}; use it: source {os.path.relpath(overlay.venv)}/bin/activate"
+    overlay.say(
+        f"installed into {os.path.relpath(growing.venv)}; use it: source {os.path.relpath(growing.venv)}/bin/activate"
     )
     return 0
 
