@@ -210,6 +210,8 @@ class Wanted:
     step_id: str = ""
     attempt: int = 0
     stream: Literal["stdout", "stderr", "both"] = "both"
+    rank: int = 0
+    """Which node of steps that run on several; only those have others than 0."""
 
     def takes_attempt(self, event: Event) -> bool:
         """Whether the attempt of an event is asked for. A matrix step stands for its instances `<step id>.<number>`."""
@@ -249,7 +251,10 @@ class RunOutput:
                 self.finished = True
             elif event.attempt and key not in self._ended and self.wanted.takes_attempt(event):
                 if key not in self._open:
-                    path = self.folder / file_name(event.step_id) / f"attempt-{event.attempt}" / STRUCTURED
+                    path = self.folder / file_name(event.step_id) / f"attempt-{event.attempt}"
+                    if self.wanted.rank:
+                        path /= f"rank-{self.wanted.rank}"
+                    path /= STRUCTURED
                     self._open[key] = GrowingLines(path)
                 if event.status in ENDS:
                     self._ended.add(key)

@@ -177,6 +177,15 @@ def test_only_what_is_wanted(disk: RunOnDisk, wanted: Wanted, expected: list[str
     assert messages(RunOutput(disk.folder, wanted).read()) == expected
 
 
+def test_a_node_of_several_has_output_of_its_own(disk: RunOnDisk) -> None:
+    disk.event("step_started", "a", 1)
+    disk.line("a", "of rank 0")
+    folder = disk.folder / "a" / "attempt-1" / "rank-1"
+    folder.mkdir()
+    (folder / "structured.jsonl").write_text('{"stream": "stdout", "message": "of rank 1"}\n')
+    assert messages(RunOutput(disk.folder, Wanted(rank=1)).read()) == ["of rank 1"]
+
+
 def test_broken_records_do_not_stop_the_reader(disk: RunOnDisk) -> None:
     disk.event("step_started", "a", 1)
     disk.raw("a", b'{"message": 3}\nno json\n\xff\n')

@@ -42,6 +42,7 @@ ASK_INTERVAL_S = 2.0
 @click.option("-f", "--follow", "following", is_flag=True, help="Go on until the run ends.")
 @click.option("--step", "step_id", default="", metavar="ID", help="Only this step; of a matrix step, all instances.")
 @click.option("--attempt", default=0, type=click.IntRange(0), metavar="N", help="Only this attempt; 0 is all of them.")
+@click.option("--rank", default=0, type=click.IntRange(0), metavar="N", help="This node of steps on several nodes.")
 @click.option("--stream", type=click.Choice(["stdout", "stderr", "both"]), default="both", show_default=True)
 @click.option("--lines", type=click.IntRange(0), metavar="N", help="Only the last N lines of what is there.")
 @click.option("--json", "as_json", is_flag=True, help="JSON lines: the records as they are in the log files.")
@@ -54,6 +55,7 @@ def logs(
     following: bool,
     step_id: str,
     attempt: int,
+    rank: int,
     stream: Literal["stdout", "stderr", "both"],
     lines: int | None,
     as_json: bool,
@@ -73,7 +75,7 @@ def logs(
             return 0
         folder, is_over = (_recorded(log_dir, run), lambda: False) if log_dir else _asked(run, service, following)
         _check_step(folder, step_id)
-        output = RunOutput(folder, Wanted(step_id, attempt, stream))
+        output = RunOutput(folder, Wanted(step_id, attempt, stream, rank))
         if following:
             records = follow(output, lines, is_over)
         else:
