@@ -215,16 +215,19 @@ def _hung_up_at_the_end(client: "DockerClient") -> Iterator[None]:
 def _only_one(name: str, deadline: float) -> Iterator[None]:
     """Held by one process of this user at a time. Raises `ImageError` when that takes past `deadline`."""
     path = Path(tempfile.gettempdir()) / f"sygaldry-image-{os.getuid()}-{name[:16]}.lock"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Who held it may have removed the file after we opened it.
+            if os.fstat(descriptor).st_ino == path.stat().st_ino:
                 break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise ImageError(f"another process still builds this image; it holds `{path}`") from None
-                time.sleep(0.5)
+        os.close(descriptor)
+        if time.monotonic() > deadline:
+            raise ImageError(f"another process still builds this image; it holds `{path}`")
+        time.sleep(0.5)
+    try:
         yield
     finally:
+        path.unlink()
         os.close(descriptor)
