@@ -36,7 +36,10 @@ def is_gone(owner: str) -> bool:
     if owner.count("_") != 3:
         return False
     boot, space, pid, ticks = owner.split("_")
-    return (boot, space) == (_boot(), _pid_space()) and str(_start_ticks(int(pid))) != ticks
+    if (boot, space) != (_boot(), _pid_space()):
+        return False
+    now = _start_ticks(int(pid))
+    return str(now) != ticks and not (now is None and _is_hidden(int(pid)))
 
 
 def private_folder(name: str) -> Path:
@@ -157,6 +160,17 @@ def _is_of_another_boot(owner: str) -> bool:
 def _pid_space() -> str:
     """The pid namespace in which our pids have their meaning."""
     return str(Path("/proc/self/ns/pid").readlink()).partition("[")[2].rstrip("]")
+
+
+def _is_hidden(pid: int) -> bool:
+    """Whether a process runs that `/proc` does not show to this user (mount option `hidepid`)."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def _start_ticks(pid: int) -> int | None:

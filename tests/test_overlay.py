@@ -74,4 +74,4 @@ def test_what_a_repository_asks_for(tmp_path, monkeypatch):
     assert project._inputs() == [pyproject] and project._is_package()
     Path("uv.lock").touch()
     assert project._inputs() == [Path("uv.lock"), pyproject]
-    assert project.asked_for(project._inputs(), ["c"], ["e"]) == ["b", "d", "f"]
+    assert project.asked_for(project._inputs(), ["c"], ["e"]) == ["b", "f", "d"]
