@@ -229,5 +229,5 @@ def _only_one(name: str, deadline: float) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink()
+        path.unlink(missing_ok=True)
         os.close(descriptor)
