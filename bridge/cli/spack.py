@@ -137,13 +137,13 @@ def find_installed(environment: str | None, show_all: bool, as_json: bool, **pla
     from container.spack_place import find_command
 
     found = environment_of(environment) if environment else None
+    with problems():
+        wanted = found.roots if found else {}
     site = Site.of(**place)
     code, printed = site.run(find_command(site.place, found), found, timeout_s=FIND_TIMEOUT_S, capture=True)
     if code:
         return code
     packages = _packages(printed)
-    with problems():
-        wanted = found.roots if found else {}
     hashes = {package["hash"] for package in packages}
     missing = [f"{spec['name']}@{spec['version']}" for key, spec in wanted.items() if key not in hashes]
     if as_json:
