@@ -21,6 +21,8 @@ def engine_environment(config: EngineConfig, gpus: float = 0) -> dict[str, str]:
     return common | {
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": str(config.num_threads),
+        # The little that vLLM compiles on a CPU takes longer to compile than it ever saves, and needs a C++ compiler.
+        "TORCHDYNAMO_DISABLE": "1",
         # Threads that wait for each other by spinning take the cores of the other engines and of the trainer.
         "OMP_WAIT_POLICY": "PASSIVE",
     }

@@ -104,7 +104,8 @@ class EngineThread:
 
     async def submit(self, requests: Sequence[GenerateRequest]) -> list[Sample]:
         """Several turns that begin in one step."""
-        return await asyncio.gather(*(self._ask(request) for request in requests))
+        samples: list[Sample] = await asyncio.gather(*(self._ask(request) for request in requests))
+        return samples
 
     async def score(self, token_ids: Sequence[int]) -> tuple[float, ...]:
         """Log-probabilities of given tokens."""

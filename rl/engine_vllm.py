@@ -7,6 +7,7 @@ What is sampled in a step comes from one version of the weights, so every token 
 that begin after a swap never read keys and values of older weights, whatever the policy.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,8 @@ class VllmDriver:
         set_engine_environment(config, gpus)
         from vllm import EngineArgs, LLMEngine
 
+        # It would warn of every tied head at every swap; `repack` sees to those, and the parity probe to all others.
+        logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
         self.version = version
         self._config = config
         self._tokenizer = tokenizer
@@ -97,6 +100,7 @@ class VllmDriver:
     def add(self, key: int, request: Request) -> None:
         """Take a request."""
         from vllm import SamplingParams
+        from vllm.inputs import tokens_input
         from vllm.sampling_params import RequestOutputKind
 
         if len(request.token_ids) >= self._config.max_model_tokens:
@@ -117,9 +121,14 @@ class VllmDriver:
             )
         else:
             params = SamplingParams(
-                temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+                temperature=0,
+                max_tokens=1,
+                prompt_logprobs=0,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
             )
-        prompt: Any = {"prompt_token_ids": list(request.token_ids), "cache_salt": str(self.version)}
+        # Keys and values are shared among requests of the same salt alone.
+        prompt = tokens_input(list(request.token_ids), cache_salt=str(self.version))
         self._engine.add_request(name, prompt, params)
         self._turns[name] = _Turn(request, self._tokenizer) if isinstance(request, GenerateRequest) else None
 

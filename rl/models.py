@@ -58,7 +58,9 @@ def load_model(path: str) -> "torch.nn.Module":
     """The causal language model of a folder, in float32 and ready to be trained, as transformers has it."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     loaded = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
     return cast("torch.nn.Module", loaded)
 
@@ -81,6 +83,9 @@ def save_model(model: Any, tokenizer: Tokenizer, folder: str) -> None:
         tokenizer.save(target / TINY_TOKENIZER)
     else:
         cast(Any, tokenizer).save_pretrained(target)
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     # One file, however large: it is read by offset.
     model.save_pretrained(target, max_shard_size="1000GB")
 
