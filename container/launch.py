@@ -99,6 +99,14 @@ def entrypoint_names() -> list[str]:
     return sorted(path.stem for path in folder.glob("*.sh") if not path.stem.startswith("_"))
 
 
+def entrypoint_path(name: str) -> str:
+    """Path of an entrypoint in the container, its name with or without `.sh`. Raises `LaunchError`."""
+    known = entrypoint_names()
+    if name.removesuffix(".sh") not in known:
+        raise LaunchError(f"there is no entrypoint `{name}`\n\nhint: known entrypoints: {', '.join(known)}")
+    return f"{ENTRYPOINTS}/{name.removesuffix('.sh')}.sh"
+
+
 def attach_or_start(client: "DockerClient", job: Job, say: Callable[[str], None]) -> "Container":
     """The container of `job`: running or ended when there is one of the same key, else started now."""
     from docker.errors import APIError
@@ -146,11 +154,6 @@ def run_options(job: Job, engine: Mapping[str, Any], image_id: str) -> dict[str,
     from docker.types import LogConfig
     from docker.types import Mount as BindMount
 
-    entrypoint = job.entrypoint.removesuffix(".sh")
-    if entrypoint not in entrypoint_names():
-        raise LaunchError(
-            f"there is no entrypoint `{job.entrypoint}`\n\nhint: known entrypoints: {', '.join(entrypoint_names())}"
-        )
     mounts = {mount.container: mount for mount in [*standard_mounts(job.root, job.workspace), *job.mounts]}
     env = {
         **job.env,
@@ -170,7 +173,7 @@ def run_options(job: Job, engine: Mapping[str, Any], image_id: str) -> dict[str,
     return {
         "image": image_id,
         "name": job.name,
-        "entrypoint": ["bash", f"{ENTRYPOINTS}/{entrypoint}.sh"],
+        "entrypoint": ["bash", entrypoint_path(job.entrypoint)],
         "command": list(job.command),
         "environment": dict(sorted(env.items())),
         "labels": {
@@ -191,7 +194,7 @@ def run_options(job: Job, engine: Mapping[str, Any], image_id: str) -> dict[str,
         "ports": dict(job.ports),
         "ipc_mode": "host",
         "device_requests": gpu_requests(engine, job.gpus, job.gpu_count) if job.gpu or job.gpus else [],
-        "mem_limit": _bytes(job.memory),
+        "mem_limit": memory_bytes(job.memory),
         "nano_cpus": round(job.cpus * 1e9) or None,
         # The log is read back from the engine, so it must be of a kind that can be.
         "log_config": LogConfig(type=LogConfig.types.JSON, config={}),
@@ -235,7 +238,8 @@ def _image_id(client: "DockerClient", image: str, say: Callable[[str], None]) ->
         ) from error
 
 
-def _bytes(text: str) -> int | None:
+def memory_bytes(text: str) -> int | None:
+    """Bytes of a size such as `8GiB` or `512m`; None for an empty text. Raises `LaunchError`."""
     if not text:
         return None
     found = _MEMORY.fullmatch(text.strip())

@@ -347,6 +347,7 @@ def test_an_ordinary_user_can_launch(commands, tmp_path, docker_engine):
         (["--env", "1=2"], 2, "is not a name"),
         (["--secret", "NOT_SET_ANYWHERE"], 2, "orchestrate secret set"),
         (["--project-id", "../x"], 2, "not a plain name"),
+        (["--name", "../x"], 2, "not one for a container"),
         (["--workspace", "missing"], 2, "does not exist"),
         (["--image", "127.0.0.1:9/none:1"], 2, "cannot be pulled"),
     ],

@@ -14,7 +14,7 @@ from container.environment import EnvironmentProblem, environments, find
 from container.foreground import new_name
 from container.gpu_choice import choose, parse_gpus
 from container.image_spec import DEFAULT_NAME
-from container.launch import PORTABLE_NAMES, SECRET_NAMES, Job
+from container.launch import PORTABLE_NAMES, SECRET_NAMES, Job, LaunchError, entrypoint_path, memory_bytes
 from container.machine import ThisMachine
 from container.mounts import Mount, container_root, parse_mounts, project_id
 from container.spack_place import ENVIRONMENTS
@@ -30,6 +30,7 @@ _OF_INSTALLERS = (
 _PORT = re.compile(
     r"(?:(?:(?P<address>[0-9.]+|\[[0-9a-fA-F:]+\]):)?(?P<host>\d+):)?(?P<port>\d+)(?:/(?P<kind>tcp|udp))?"
 )
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]+")
 _CREDENTIALS = re.compile(r"://[^/\s]*@")
 
 
@@ -63,8 +64,13 @@ class Request:
             project = project_id(self.project_id or env.get("SYGALDRY_PROJECT_ID", ""), self.workspace)
             mounts = [*self._environments(), *parse_mounts(self.mounts, Path.cwd())]
             asked = parse_gpus(self.gpus) if self.gpus else None
-        except (ValueError, EnvironmentProblem) as error:
+            # Before an image is built, which may take long.
+            entrypoint_path(self.entrypoint)
+            memory_bytes(self.memory)
+        except (ValueError, EnvironmentProblem, LaunchError) as error:
             raise Failure(str(error)) from error
+        if self.name and not _NAME.fullmatch(self.name):
+            raise Failure(f"name `{self.name}` is not one for a container", "letters, digits, `.`, `_` and `-`")
         ports = dict(_port(text) for text in self.ports)
         if ports and self.network == "host":
             raise Failure("`--port` with `--network host`: on the host's network every port is the host's own")
