@@ -1,6 +1,6 @@
 """Models that were made on this machine: each made once, whichever process asks first, and whole or not at all.
 
-    $ORCHESTRATE_CACHE, else $XDG_CACHE_HOME/orchestrate, else ~/.cache/orchestrate
+$ORCHESTRATE_CACHE, else $XDG_CACHE_HOME/orchestrate, else ~/.cache/orchestrate
 """
 
 import fcntl
