@@ -10,6 +10,7 @@ import pty
 import select
 import shlex
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -134,7 +135,9 @@ def test_a_dry_run_prints_the_call_that_is_made(commands, tmp_path, docker_engin
     (tmp_path / "data, more").mkdir()
     options = ["--name", commands.name, "--memory", "64MiB", "--cpus", "0.5", "--network", "bridge"]
     options += ["--mount", f"{tmp_path}/data, more:/data:ro", "--env", 'WORDS=it\'s a "b" $c', "--env", "FROM_SHELL"]
-    options += ["--port", "18080:80", "--project-id", "proj", "--entrypoint", "run-job"]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    options += ["--port", f"{port}:80", "--project-id", "proj", "--entrypoint", "run-job"]
     command = ["--", "bash", "-c", "trap 'exit 0' TERM; echo \"$WORDS $FROM_SHELL\"; while :; do sleep 0.05; done"]
     env = {"FROM_SHELL": "shell"}
     shown = commands.run("launch", "--dry-run", *options, *command, env=env)
@@ -152,7 +155,7 @@ def test_a_dry_run_prints_the_call_that_is_made(commands, tmp_path, docker_engin
     assert pasted.wait(60) == 0
 
     assert (real["host"]["Memory"], real["host"]["NanoCpus"]) == (64 << 20, 500_000_000)
-    assert real["host"]["PortBindings"] == {"80/tcp": [{"HostIp": "127.0.0.1", "HostPort": "18080"}]}
+    assert real["host"]["PortBindings"] == {"80/tcp": [{"HostIp": "127.0.0.1", "HostPort": str(port)}]}
     assert real["host"]["AutoRemove"] and real["host"]["Init"] and not real["config"]["Tty"]
     mounts = {each["Target"]: (each["Source"], each.get("ReadOnly", False)) for each in real["host"]["Mounts"]}
     assert mounts["/data"] == (f"{tmp_path}/data, more", True)
@@ -313,8 +316,8 @@ def test_secrets_come_by_file_and_no_record_shows_them(commands):
 
 def test_an_ordinary_user_can_launch(commands, tmp_path, docker_engine):
     """With access to the socket, and to nothing else that root has."""
-    socket = Path("/var/run/docker.sock")
-    if os.getuid() != 0 or not socket.exists():
+    engine = Path("/var/run/docker.sock")
+    if os.getuid() != 0 or not engine.exists():
         pytest.skip("only root can become another user, and the engine must be here")
     uid, gid = 23_456, 23_457
     for folder in (tmp_path, *tmp_path.parents[:3]):
@@ -323,7 +326,7 @@ def test_an_ordinary_user_can_launch(commands, tmp_path, docker_engine):
     for folder in (commands.workspace, commands.root, tmp_path / "home"):
         folder.mkdir(exist_ok=True)
         os.chown(folder, uid, gid)
-    user = ["setpriv", f"--reuid={uid}", f"--regid={gid}", f"--groups={socket.stat().st_gid}"]
+    user = ["setpriv", f"--reuid={uid}", f"--regid={gid}", f"--groups={engine.stat().st_gid}"]
     # The interpreter may lie where only root may look.
     user += ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
     env = {"HOME": str(tmp_path / "home"), "HF_TOKEN": "t0ken-value", "XDG_RUNTIME_DIR": ""}
