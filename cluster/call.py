@@ -22,6 +22,8 @@ class RayCall(Frozen):
     """Environment variables."""
     secrets: dict[str, str] = {}
     """Environment variable -> name of the secret, resolved on the node."""
+    artifacts: tuple[str, ...] = ()
+    """Files, folders and globs in `plan_dir` that the function must make; they come back from any node."""
     plan_dir: str = ""
     """Folder whose modules can be called, and the working directory; by default the worker's own."""
     timeout_s: Annotated[float, Field(gt=0)] = 7200.0
@@ -48,6 +50,7 @@ class RayCall(Frozen):
             params={"call": self.function, "arguments": self.arguments},
             env=self.env,
             secrets=self.secrets,
+            artifacts=self.artifacts,
             plan_dir=folder,
             working_dir=folder,
             log_dir=log_dir,

@@ -44,6 +44,8 @@ _SALVAGE_S = 30.0
 _MOST_SENDINGS = 3
 """A copy of a plan's folder may be removed between its coming and the start."""
 
+_NEVER_STARTED = StepResult(outcome="cancelled", reason="cancelled", error="cancelled before it started")
+
 
 class Follower:
     """Brings the part of an attempt that one actor runs to its end."""
@@ -100,6 +102,8 @@ class Follower:
                 if not poll.away:
                     break
                 await self._send_folder(actor)
+                if self._ending.is_set():
+                    return Poll(result=_NEVER_STARTED)
                 poll = await self._ask(actor, first=True)
             while poll.result is None and not poll.busy:
                 if not poll.known:

@@ -58,11 +58,15 @@ class Member:
         group = placement_group(bundles, "STRICT_SPREAD", name, "detached", bundle_label_selector=selectors)
         options = {name: value for name, value in shape.actor_options.items() if name != "label_selector"}
         handles = []
-        for rank in range(shape.nodes):
-            own, strategy = actor_name(name, shape, rank), PlacementGroupSchedulingStrategy(group, rank)
-            contained = placing.options(shape, own) if placing else {}
-            actor = actor_class.options(name=own, scheduling_strategy=strategy, **common, **options, **contained)
-            handles.append(actor.remote(own, shape))
+        try:
+            for rank in range(shape.nodes):
+                own, strategy = actor_name(name, shape, rank), PlacementGroupSchedulingStrategy(group, rank)
+                contained = placing.options(shape, own) if placing else {}
+                actor = actor_class.options(name=own, scheduling_strategy=strategy, **common, **options, **contained)
+                handles.append(actor.remote(own, shape))
+        except BaseException:
+            remove_placement_group(group)
+            raise
         return cls(name, handles, shape)
 
     @property

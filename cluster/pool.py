@@ -25,6 +25,7 @@ from ray.exceptions import ActorUnavailableError, RayError
 from cluster.connect import NAMESPACE, is_outside
 from cluster.images import Images, ImagesUnfit, Placing
 from cluster.lease import Lease
+from cluster.lost_nodes import LostNodes
 from cluster.member import Member, actor_name, group_names, member_name, remove_group
 from cluster.room import Room
 from cluster.shape import ResourceShape, why_infeasible
@@ -45,6 +46,8 @@ _UNUSED_LEASE_S = 60.0
 """A lease whose attempt was not started for so long is taken back."""
 _UNCLAIMED_RESULT_S = 3600.0
 """An actor whose ended attempt nobody has fetched for so long is stopped; the attempt stays in its folder."""
+_UNCLAIMED_GANG_S = 120.0
+"""The same for a gang, which keeps whole nodes."""
 _DEAD_GANG_S = 60.0
 """A gang with a dead actor is stopped after so long at the latest, held or not."""
 _STARVING_S = 5.0
@@ -82,6 +85,7 @@ class Pool:
         self._waits_for: dict[str, set[str]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._view = _View([], {}, at=-_VIEW_AGE_S)
+        self._lost = LostNodes()
         self._looking = asyncio.Lock()
         self._opening = asyncio.Lock()
         self._open = False
@@ -98,13 +102,15 @@ class Pool:
         if shape.image and not shape.pinned:
             return await self._pin(shape, wait_s)
         waiter = self._waiters.get(key)
-        if waiter is None:
+        if is_new := waiter is None:
             waiter = self._waiters[key] = _Waiter(key, shape)
             self._serve()
-            if not waiter.lease.done():
-                if reason := why_infeasible(shape, (await self._look_at_cluster()).nodes):
-                    self._waiters.pop(key, None)
-                    return Lease(state="infeasible", text=reason)
+        if not waiter.lease.done():
+            # Asked every time: what was possible may be so no more.
+            if reason := await self._why_impossible(shape):
+                self._waiters.pop(key, None)
+                return Lease(state="infeasible", text=reason)
+            if is_new:
                 self._wake.set()
         waiter.asked_at = time.monotonic()
         with contextlib.suppress(TimeoutError):
@@ -113,9 +119,9 @@ class Pool:
 
     async def _pin(self, shape: ResourceShape, wait_s: float) -> Lease:
         """What the shape's image stands for, for whoever will ask again with that."""
-        nodes = (await self._look_at_cluster()).nodes
-        if reason := why_infeasible(shape, nodes):
+        if reason := await self._why_impossible(shape):
             return Lease(state="infeasible", text=reason)
+        nodes = (await self._look_at_cluster()).nodes
         try:
             pinned = await self._images.pin(shape, nodes, wait_s)
         except ImagesUnfit as error:
@@ -312,9 +318,10 @@ class Pool:
         age_s = time.monotonic() - member.since
         held = [state for state in states if state.key]
         contact_s = min([age_s, *(state.contact_age_s for state in held)])
+        longest_s = _UNCLAIMED_GANG_S if member.shape.nodes > 1 else _UNCLAIMED_RESULT_S
         if member.key and all(state.key != member.key for state in states) and age_s > _UNUSED_LEASE_S:
             member.hold("")
-        elif held and not any(state.running for state in held) and contact_s > _UNCLAIMED_RESULT_S:
+        elif held and not any(state.running for state in held) and contact_s > longest_s:
             self._stop(member)
 
     def _lose(self, member: Member) -> None:
@@ -373,10 +380,18 @@ class Pool:
         self._members.pop(member.name, None)
         member.stop()
 
+    async def _why_impossible(self, shape: ResourceShape) -> str:
+        """Why no node can ever run the shape, for people; empty when one can, or may come back that could."""
+        nodes = (await self._look_at_cluster()).nodes
+        reason = why_infeasible(shape, nodes)
+        return "" if reason and self._lost.could_run(shape, nodes) else reason
+
     async def _waiting_text(self, shape: ResourceShape) -> str:
         if shape.actor and any(one.key and one.shape.identity == shape.identity for one in self._members.values()):
             return f"waiting for the actor `{shape.actor}`, which runs another step"
         view = await self._look_at_cluster()
+        if why_infeasible(shape, view.nodes) and (names := self._lost.could_run(shape, view.nodes)):
+            return f"waiting for a node to come back that was lost: {', '.join(sorted(set(names)))}"
         room = Room(view.nodes, view.free)
         if room.fits(shape):
             return f"starting an actor with {shape}"
@@ -388,6 +403,7 @@ class Pool:
         async with self._looking:
             if time.monotonic() - self._view.at > _VIEW_AGE_S:
                 self._view = await asyncio.to_thread(_look)
+                self._lost.note(self._view.nodes)
         return self._view
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import os
+import subprocess
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -56,11 +57,13 @@ class Bench:
         self.run_id = uuid.uuid4().hex[:8]
         folder.mkdir()
         (folder / "work.py").write_text(WORK)
+        self.dispatch = self.new_dispatch()
 
+    def new_dispatch(self) -> RayDispatch:
         async def locate() -> RayLocation:
-            return RayLocation(address=head.address, token_file=str(head.token_file))
+            return RayLocation(address=self.head.address, token_file=str(self.head.token_file))
 
-        self.dispatch = RayDispatch(locate, driver_log=folder / "driver.log", idle_ttl_s=1.0)
+        return RayDispatch(locate, driver_log=self.head.folder / "driver.log", idle_ttl_s=1.0)
 
     def request(self, type: str, params: dict[str, Any], **fields: Any) -> StepRequest:
         names = {"workflow_id": "flow", "run_id": self.run_id, "step_id": uuid.uuid4().hex[:8], "step_name": "step"}
@@ -129,13 +132,35 @@ async def test_many_steps_at_a_time_share_a_copy_and_the_shared_node_needs_none(
     away = [bench.shell("cat data.txt; pwd >&2") for _ in range(4)]
     here = bench.shell("cat data.txt; pwd >&2; echo > made-here", artifacts=("made-here",))
     elsewhere = ResourceShape(labels={"zone": "here"})
-    results = await asyncio.gather(*(bench.run(one) for one in away), bench.run(here, elsewhere))
+    results = await asyncio.gather(*(bench.run(one) for one in away))
+    results.append(await bench.run(here, elsewhere))
     assert {result.outcome for result in results} == {"succeeded"}
     assert {(attempt_dir(one) / "stdout.log").read_text() for one in [*away, here]} == {"some data"}
     assert (attempt_dir(here) / "stderr.log").read_text() == f"{bench.folder}\n"
     assert f"/copies/{bench.copies()[0]}\n" in (attempt_dir(away[0]) / "stderr.log").read_text()
     (bench.folder / "made-here").unlink()
     assert len(bench.copies()) == 1
+
+
+@pytest.mark.ray
+@pytest.mark.asyncio(loop_scope="module")
+async def test_another_driver_brings_the_artifacts_of_a_step_that_ended_meanwhile(bench: Bench) -> None:
+    script = "while [ -e /proc/$WATCHED ]; do sleep 0.05; done"
+    watched = subprocess.Popen(["sleep", "600"])
+    request = bench.shell(f"{script}; echo late > late", env={"WATCHED": str(watched.pid)}, artifacts=("late",))
+    handle = await bench.dispatch.attach_or_start(request, AWAY)
+    while not handle.progress.pid:
+        waiting = asyncio.ensure_future(handle.wait())
+        await asyncio.wait({waiting}, timeout=0.05)
+        waiting.cancel()
+    await bench.dispatch.close()
+    watched.kill()
+    watched.wait()
+    bench.dispatch = bench.new_dispatch()
+    result = await bench.run(request)
+    assert (result.outcome, list(result.artifacts)) == ("succeeded", ["late"])
+    assert (bench.folder / "late").read_text() == "late\n"
+    (bench.folder / "late").unlink()
 
 
 @pytest.mark.ray
