@@ -1,4 +1,7 @@
-"""What the README shows, runs: its `bash` blocks in their order, in one shell, in a fresh copy of the project."""
+"""What the README shows, runs: its `bash` blocks in their order, in one shell, in a fresh copy of the project.
+
+Its `sh` blocks want more of the machine: those about containers run here, with the tests' image in place of NVIDIA's.
+"""
 
 import ast
 import os
@@ -6,6 +9,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -22,7 +26,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_fences_are_of_a_kind_that_is_tested() -> None:
-    assert {language for language, _ in FENCES} == {"", "bash", "python"}
+    assert {language for language, _ in FENCES} == {"", "bash", "sh", "python"}
     # The only fence without a language is the drawing.
     assert len(blocks("")) == 1
 
@@ -85,3 +89,36 @@ def test_commands_run_in_a_fresh_copy(tmp_path: Path) -> None:
     assert (copy / "examples" / "output" / "packages.png").is_file(), output
     assert str(copy / "examples" / "output" / "packages.png") in output
     assert "hello you" in output
+
+
+@pytest.mark.docker
+@pytest.mark.temporal
+@pytest.mark.ray
+def test_container_commands_run(base_image: str, ray_image: str, tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
+    environment |= {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "ORCHESTRATE_HOME": str(tmp_path / "home"),
+        "SYGALDRY_CONTAINER_ROOT": str(tmp_path / "root"),
+        "SYGALDRY_IMAGE": "sygaldry-test/readme:slim",
+        "SYGALDRY_BASE": base_image,
+        "SYGALDRY_TARGET": "slim",
+        "SYGALDRY_SPACK": "none",
+        "NO_COLOR": "1",
+    }
+    text = README.partition("\n## Containers\n")[2].partition("\n## ")[0]
+    shown = re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    script = "\n".join(["set -euo pipefail", "trap 'orchestrate down >/dev/null' EXIT", *shown])
+    ran = subprocess.run(
+        ["bash", "-c", script],
+        cwd=tmp_path,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=280,
+    )
+    assert ran.returncode == 0, ran.stdout
+    for expected in (ray_image, "Ray 2.", "in Debian GNU/Linux", "from a job", "DONE job=hello"):
+        assert expected in ran.stdout, ran.stdout

@@ -15,20 +15,44 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--tag", metavar="NAME", help="Name and tag of the image; `sygaldry/zephyr:base` by default.")
-@click.option("--base", metavar="IMAGE", help="Image to start from: any with apt and bash, such as Debian 12.")
+@click.option(
+    "--tag",
+    metavar="NAME",
+    envvar="SYGALDRY_IMAGE",
+    show_envvar=True,
+    help="Name and tag of the image; `sygaldry/zephyr:base` by default.",
+)
+@click.option(
+    "--base",
+    metavar="IMAGE",
+    envvar="SYGALDRY_BASE",
+    show_envvar=True,
+    help="Image to start from: any with apt and bash, such as Debian 12.",
+)
 @click.option(
     "--target",
     type=click.Choice(["full", "slim"]),
     default="full",
+    envvar="SYGALDRY_TARGET",
     show_default=True,
+    show_envvar=True,
     help="With or without compilers, MPI, node, Go and bazelisk.",
 )
 @click.option("--environment", default="", metavar="NAME", help="Spack environment that its containers activate.")
 @click.option(
-    "--spack", metavar="SOURCE", help="Spack: a tag or commit to clone, a folder with a git checkout, or `none`."
+    "--spack",
+    metavar="SOURCE",
+    envvar="SYGALDRY_SPACK",
+    show_envvar=True,
+    help="Spack: a tag or commit to clone, a folder with a git checkout, or `none`.",
 )
-@click.option("--spack-packages", metavar="SOURCE", help="The same for Spack's package repository.")
+@click.option(
+    "--spack-packages",
+    metavar="SOURCE",
+    envvar="SYGALDRY_SPACK_PACKAGES",
+    show_envvar=True,
+    help="The same for Spack's package repository.",
+)
 @click.option("--python", "python_version", metavar="3.N", help="Python of the Ray node; by default this project's.")
 @click.option(
     "--apt-snapshot", metavar="MOMENT", help="Archive of Debian or Ubuntu to install from, `20260101T000000Z`."
