@@ -113,7 +113,7 @@ class Site:
         """Become a shell, or a command in one, with the environment activated."""
         entrypoint = ["bash", f"{self.place.entrypoints}/default.sh"] if isinstance(self.place, Here) else []
         argv, env = self._call([*entrypoint, *command], environment, "shell", ["--environment", environment.name])
-        env["SYGALDRY_SPACK_ENVIRONMENT"] = environment.name
+        env |= {"SYGALDRY_SPACK_ENVIRONMENT": environment.name, "SYGALDRY_SHELL_TITLE": "Spack on this machine"}
         sys.stdout.flush()
         os.execvpe(argv[0], argv, env)
 

@@ -26,7 +26,7 @@ jax-test() { bash "$ENTRYPOINTS/verify-gpu.sh" --frameworks jax "$@"; }
 if [[ -n ${SYGALDRY_SPACK_ENVIRONMENT:-} ]]; then spack-env-activate; fi
 
 cat <<BANNER
-Standard container${SYGALDRY_IMAGE_LABEL:+ $SYGALDRY_IMAGE_LABEL}${SYGALDRY_PROJECT_ID:+, project $SYGALDRY_PROJECT_ID}
+${SYGALDRY_SHELL_TITLE:-Standard container}${SYGALDRY_IMAGE_LABEL:+ $SYGALDRY_IMAGE_LABEL}${SYGALDRY_PROJECT_ID:+, project $SYGALDRY_PROJECT_ID}
   spack-env-activate [NAME|FOLDER]   put a Spack environment on the path${SPACK_ENV_VIEW:+ (now: ${SPACK_ENV_VIEW##*/})}
   gpu-test, jax-test                 compute on every GPU with torch, with JAX
 BANNER
