@@ -13,7 +13,8 @@ RETURN_S = 120.0
 class LostNodes:
     """What Ray forgets of a node that died: when that was, and what it had."""
 
-    def __init__(self) -> None:
+    def __init__(self, return_s: float = RETURN_S) -> None:
+        self._return_s = return_s
         self._resources: dict[str, Mapping[str, float]] = {}
         self._lost_at: dict[str, float] = {}
 
@@ -34,6 +35,6 @@ class LostNodes:
             str(node.get("NodeManagerHostname", "?"))
             for node in nodes
             if not node["Alive"]
-            and now - self._lost_at.get(node["NodeID"], now) < RETURN_S
+            and now - self._lost_at.get(node["NodeID"], now) < self._return_s
             and fits(shape, self._resources.get(node["NodeID"], enough), node.get("Labels") or {})
         ]
