@@ -22,7 +22,8 @@ from typing import Any
 
 import psutil
 from environments import REQUIREMENTS, python_of
-from systems import CutOff, Failed, Ours, Peer, Sample, System
+from images import image_with_ray
+from systems import Absent, CutOff, Failed, Ours, Peer, Sample, System
 from table import Result, print_ratios, print_tables
 
 SHAPES = [("one", 1), ("chain", 50), ("fan", 200), ("cached", 200), ("fan", 2000)]
@@ -37,16 +38,33 @@ OURS: dict[str, dict[str, Any]] = {
     "ours: command `true`": {"type": "command", "command": "true"},
     "ours: python": NO_OP,
     "ours: python on a Ray actor": {**NO_OP, "resources": {"cpus": 1}},
+    "ours: python in an image": {**NO_OP, "resources": {"cpus": 1}, "image": ""},
 }
+COMPARED = {
+    "ours: command `true`": "floor: activity runs `true`",
+    "ours: python": "floor: activity",
+    "ours: python on a Ray actor": "floor: activity",
+    "ours: python in an image": "ours: python on a Ray actor",
+    "ray: actor in an image, as ours": "ray: actor on the host",
+}
+RAY = {
+    "ray: actor on the host": "host",
+    "ray: actor in an image, as ours": "image",
+    "ray: actor in an image, image_uri": "image_uri",
+    "ray: job": "job",
+}
+"""Ray without the durable part: `one` is a new actor or job, `chain` and `fan` are calls of a warm actor."""
 
 
-def systems(names: list[str], uv: str | None) -> list[System]:
+def systems(names: list[str], uv: str | None, image: str) -> list[System]:
     """The contenders whose name starts with one of `names` (all when it is empty)."""
     made: dict[str, Callable[[], System]] = {}
     for name, arguments in FLOORS.items():
         made[name] = partial(Peer, name, sys.executable, "temporal_floor.py", *arguments)
     for name, step in OURS.items():
-        made[name] = partial(Ours, name, step)
+        made[name] = partial(Ours, name, {**step, "image": image} if "image" in step else step)
+    for name, kind in RAY.items():
+        made[name] = partial(Peer, name, sys.executable, "peer_ray.py", kind, image)
     for name in REQUIREMENTS:
         made[name] = partial(_peer, name, uv)
     return [make() for name, make in made.items() if not names or any(name.startswith(wanted) for wanted in names)]
@@ -60,6 +78,7 @@ class Bench:
         self.memory: dict[str, dict[str, float]] = {}
         self.loads: list[dict[str, Any]] = []
         self.errors: dict[str, str] = {}
+        self.absent: dict[str, str] = {}
         self._shapes, self._cold_shapes, self._limit_s = shapes, cold_shapes, limit_s
 
     def turn(self, system: System) -> None:
@@ -73,6 +92,9 @@ class Bench:
             self.memory.setdefault(system.name, system.memory_mb())
             for shape, count in self._cold_shapes:
                 self._sample(system, "cold", shape, count, partial(system.measure_shell, shape, count, self._limit_s))
+        except Absent as error:
+            self.absent[system.name] = str(error)
+            print(f"{system.name:30} cannot be had: {error}", file=sys.stderr, flush=True)
         except (CutOff, Failed) as error:
             self.errors[system.name] = str(error) or "cut off"
             print(f"{system.name:30} {self.errors[system.name]}", file=sys.stderr, flush=True)
@@ -131,11 +153,12 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=60, metavar="SECONDS", help="a run that takes longer is cut off")
     parser.add_argument("--output", type=Path, default=Path("bench-results"), help="folder of the JSON file")
     parser.add_argument("--uv", help="the program `uv`, for the peers' environments")
+    parser.add_argument("--image", help="image with Ray for the rows in an image; by default the newest of ours here")
     chosen = parser.parse_args()
-    contenders = systems(chosen.only, chosen.uv)
+    contenders = systems(chosen.only, chosen.uv, image_with_ray() if chosen.image is None else chosen.image)
     if not contenders:
         parser.error(
-            f"no system starts with `{chosen.only[0]}`; there are {', '.join([*FLOORS, *OURS, *REQUIREMENTS])}"
+            f"no system starts with `{chosen.only[0]}`; there are {', '.join([*FLOORS, *OURS, *RAY, *REQUIREMENTS])}"
         )
 
     # Ended from outside, a system's turn still closes what it opened.
@@ -148,7 +171,9 @@ def main() -> int:
 
     results = list(bench.results.values())
     print_tables(results, bench.memory)
-    for ours, floor in zip(OURS, ["floor: activity runs `true`", *["floor: activity"] * 2], strict=True):
+    for system, reason in bench.absent.items():
+        print(f"{system} cannot be had: {reason}")
+    for ours, floor in COMPARED.items():
         print_ratios(results, ours, floor)
     document = {
         "started_at": started,
@@ -158,6 +183,7 @@ def main() -> int:
         "loads": bench.loads,
         "results": results,
         "errors": bench.errors,
+        "absent": bench.absent,
         "memory_mb": bench.memory,
     }
     chosen.output.mkdir(parents=True, exist_ok=True)

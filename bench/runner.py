@@ -2,11 +2,12 @@
 
     {"shape": "chain", "count": 50}  ->  {"duration_s": 0.71}
 
-A request it cannot serve is answered with `{"unsupported": true}`. With `--once SHAPE COUNT` it serves that one request
-and ends, which is how the time from the shell is measured. It runs in the system's own environment and imports nothing
-else.
+Where the system cannot be had, the first line is `{"absent": "why"}`. A request it cannot serve is answered with
+`{"unsupported": true}`. With `--once SHAPE COUNT` it serves that one request and ends, which is how the time from the
+shell is measured. It runs in the system's own environment and imports nothing else.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -14,6 +15,11 @@ import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+
+
+class Absent(Exception):
+    """What is to be measured cannot be had on this machine; the text says why."""
+
 
 Measure = Callable[[str, int], float | None]
 """Runs a plan of this shape and size; returns the seconds inside the runtime, or None where it has no such thing."""
@@ -24,7 +30,12 @@ def serve(version: str, opened: Callable[[Path], AbstractContextManager[Measure]
     # What the system itself prints must not be taken for an answer.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    with tempfile.TemporaryDirectory(prefix="bench-") as folder, opened(Path(folder)) as measure:
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder, contextlib.ExitStack() as stack:
+        try:
+            measure = stack.enter_context(opened(Path(folder)))
+        except Absent as error:
+            print(json.dumps({"absent": str(error)}), file=answers)
+            return
         if "--once" in sys.argv:
             shape, count = sys.argv[sys.argv.index("--once") + 1 :][:2]
             print(json.dumps(_answer(measure, shape, int(count))), file=answers)

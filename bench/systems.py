@@ -22,6 +22,7 @@ import psutil
 
 HERE = Path(__file__).parent
 START_LIMIT_S = 120
+NO_IMAGE = "no image of ours with this Ray is on this machine: `orchestrate container build`, or name one with --image"
 
 
 class CutOff(Exception):
@@ -30,6 +31,10 @@ class CutOff(Exception):
 
 class Failed(Exception):
     """The measured system ended or reported an error."""
+
+
+class Absent(Exception):
+    """The measured system cannot be had on this machine."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,10 @@ class Peer:
 
     def open(self) -> None:
         self._process = self._start(self._command, stdin=subprocess.PIPE)
-        self.version = self._answer(START_LIMIT_S)["version"]
+        answer = self._answer(START_LIMIT_S)
+        if "absent" in answer:
+            raise Absent(answer["absent"])
+        self.version = answer["version"]
 
     def measure(self, shape: str, count: int, limit_s: float) -> Sample | None:
         if self._process is None:
@@ -149,6 +157,8 @@ class Ours:
         self._folder = Path()
 
     def open(self) -> None:
+        if self._step.get("image") == "":
+            raise Absent(NO_IMAGE)
         self._folder = Path(tempfile.mkdtemp(prefix="bench-"))
         (self._folder / "no_op.py").write_text(
             '"""A step that does nothing."""\n\n\ndef nothing() -> None:\n    """Return."""\n'
@@ -191,6 +201,8 @@ class Ours:
         return found
 
     def close(self) -> None:
+        if self._folder == Path():
+            return
         self._orchestrate("down", limit_s=START_LIMIT_S)
         shutil.rmtree(self._folder, ignore_errors=True)
 
