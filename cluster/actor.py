@@ -117,8 +117,7 @@ class StepActor:
                 return Poll(away=True)
             self._known_keys.add(request.key)
             gpus = _gpus()
-            hidden = {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
-            env = self._shape.thread_environment | hidden | request.env
+            env = self._shape.thread_environment | request.env
             request = request.model_copy(update={"env": env})
             self._attempt = _Attempt(request, folder, gpus, self._kept)
             arguments = self._attempt, asyncio.get_running_loop()

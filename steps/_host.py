@@ -111,7 +111,9 @@ class Host:
         self._thread = threading.get_ident()
         try:
             self.secrets = resolve_secrets(self.request.secrets.values(), self.request.workflow_id)
-            self.env = step_environment(self.request, self.secrets, self.attempt_dir, self.gpus)
+            env = step_environment(self.request, self.secrets, self.attempt_dir, self.gpus)
+            # Where GPUs are assigned, a step without one sees none.
+            self.env = env if self._isolated or self.gpus else {"CUDA_VISIBLE_DEVICES": "", **env}
             declared = (*self.gang.environment, *self.request.env, *self.request.secrets)
             self.declared_env = {name: self.env[name] for name in declared}
         except StepError as error:
