@@ -138,6 +138,9 @@ def test_new_makes_an_environment_that_the_other_verbs_find(commands: Commands) 
     assert listed["mine"]["state"] == "not locked" and listed["mine"]["wanted"] == ["python@3.13", "py-torch~cuda"]
     assert listed["zephyr"]["state"] == "locked" and listed["zephyr"]["packages"] == 270 and listed["zephyr"]["cuda"]
     shown = commands.spack("list").stdout.splitlines()
+    assert shown[3].split() == ["mine", "not", "locked", str(commands.folder / "spack" / "mine")]
+    (commands.folder / "spack" / "mine" / "spack.yaml").write_text("[")
+    assert "cannot be read" in commands.spack("list").stdout
     assert shown[0].split() == ["ENVIRONMENT", "STATE", "PACKAGES", "LOCK", "FOLDER"] and len(shown) == 6
 
 
@@ -203,6 +206,7 @@ def test_a_build_has_succeeded_when_spack_and_its_database_say_so(commands: Comm
     assert failed.returncode == 1 and "everything is fine" in failed.stdout and not built.exists()
     locked.will("python", 1)
     assert commands.spack("build", "greeting", "--here").returncode == 1 and not built.exists()
+    assert commands.spack("build", "greeting", "--heer").returncode == 2
     done = commands.spack("build", "greeting", "--here", "--", "-j", "3")
     assert done.returncode == 0 and built.exists()
     assert locked.calls()[-2].endswith("install --only-concrete --show-log-on-error -j 3")
@@ -241,7 +245,7 @@ def test_what_is_installed_is_listed_and_what_is_missing_is_an_error(commands: C
     assert [(each["name"], each["wanted"]) for each in document["installed"]] == [("greeting", True), ("zlib", False)]
     assert document["missing"] == [] and document["store"] == str(commands.folder / "store")
     assert len(commands.spack("find", "greeting", "--here", "--all").stdout.splitlines()) == 3
-    (locked.folder / "found").write_text("zlib\t1.3\tdef\t/store/zlib\n")
+    (locked.folder / "found").write_text("==> 1 package\nzlib\t1.3\tdef\t/store/zlib\n")
     assert commands.spack("find", "greeting", "--here").returncode == 1
     everything = commands.spack("find", "--here", "--json")
     assert everything.returncode == 0 and [each["name"] for each in json.loads(everything.stdout)["installed"]] == [

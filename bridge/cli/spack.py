@@ -21,6 +21,7 @@ from bridge.cli.spack_environment import (
     locked,
     problems,
     stale,
+    undescribed,
 )
 from bridge.cli.spack_place import Site, place_options
 from bridge.cli.watch import Output
@@ -108,7 +109,7 @@ def lock(environment: str, force: bool, fresh: bool, timeout_s: float, as_json: 
     return 0
 
 
-@spack.command(context_settings={"ignore_unknown_options": True})
+@spack.command()
 @environment_argument
 @click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[-- OPTION...]")
 @time_option("--timeout", "timeout_s", default=BUILD_TIMEOUT_S, help="Time limit: 24 h.")
@@ -170,15 +171,20 @@ def list_environments(as_json: bool) -> None:
         try:
             documents.append(described(environment))
         except EnvironmentProblem as error:
-            documents.append({"environment": environment.name, "state": str(error).partition("\n")[0]})
+            documents.append(undescribed(environment) | {"state": str(error).partition("\n")[0]})
     if as_json:
         Output(as_json=True).print_json(documents)
         return
     rows = [
-        (each["environment"], each["state"], str(each.get("packages", "")), (each.get("lock_hash") or "")[:12],
-         str(each.get("folder", "")))
+        (
+            each["environment"],
+            each["state"],
+            str(each["packages"] or ""),
+            (each["lock_hash"] or "")[:12],
+            each["folder"],
+        )
         for each in documents
-    ]  # fmt: skip
+    ]
     print("\n".join(columns(("ENVIRONMENT", "STATE", "PACKAGES", "LOCK", "FOLDER"), rows)))
 
 
@@ -197,7 +203,7 @@ def shell(environment: str, command: tuple[str, ...], **place: Any) -> None:
 
 def _packages(printed: str) -> list[dict[str, Any]]:
     """What `_spack-find.sh` prints, by name."""
-    lines = (line.split("\t") for line in printed.splitlines())
+    lines = (line.split("\t") for line in printed.splitlines() if line.count("\t") == 3)
     return sorted(
         ({"name": name, "version": version, "hash": key, "prefix": prefix} for name, version, key, prefix in lines),
         key=lambda package: (package["name"], package["version"]),

@@ -51,15 +51,7 @@ def stale(environment: Environment, reason: str) -> Failure:
 
 def described(environment: Environment) -> dict[str, Any]:
     """An environment as JSON data. Raises `EnvironmentProblem` where its files cannot be read."""
-    document: dict[str, Any] = {
-        "environment": environment.name,
-        "folder": str(environment.folder),
-        "state": "not locked",
-        "wanted": environment.specs,
-        "packages": None,
-        "lock_hash": None,
-        "cuda": None,
-    }
+    document = undescribed(environment) | {"wanted": environment.specs}
     if environment.lock is None:
         return document
     return document | {
@@ -67,4 +59,17 @@ def described(environment: Environment) -> dict[str, Any]:
         "packages": len(environment.lock["concrete_specs"]),
         "lock_hash": environment.lock_hash,
         "cuda": environment.uses_cuda,
+    }
+
+
+def undescribed(environment: Environment) -> dict[str, Any]:
+    """The same of one whose files were not read."""
+    return {
+        "environment": environment.name,
+        "folder": str(environment.folder),
+        "state": "not locked",
+        "wanted": [],
+        "packages": None,
+        "lock_hash": None,
+        "cuda": None,
     }
