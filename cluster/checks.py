@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cluster.attempt_folder import attempts_root
 from cluster.plan_copies import remove_unused
@@ -29,13 +29,11 @@ from container.worker import KIT, WorkerSpec, base_config
 from steps import Frozen
 from steps._files import read_json, write_whole
 
-if TYPE_CHECKING:
-    from docker.models.images import Image
-
 LOGICAL_GPUS_VARIABLE = "ORCHESTRATE_LOGICAL_GPUS"
 """Set for a Ray node whose GPUs are numbers only, as in tests: images there are not asked whether they see them."""
 _PULL_TIMEOUT_S = 1800
 _PROBE_TIMEOUT_S = 120.0
+_NOT_FOUND = 404
 # The first Python that has Ray: an image may have several.
 _PROBE = (
     'for python in python3 python; do if "$python" -c "import importlib.util, sys; '
@@ -75,9 +73,6 @@ def check_image(name: str, pinned: str, gpus: bool) -> NodeImage:
     `name` may be `name@<content hash>`. `pinned` is what it stands for in this run, empty when that is to be found out.
     `gpus`: whether GPUs must be visible inside. Takes milliseconds for an image that was checked before.
     """
-    # Node tasks come by for every image, so whatever was left here by a node that died is found soon.
-    reaper.reap(os.environ)
-    remove_unused(attempts_root())
     try:
         return _check(name, pinned, gpus and not os.environ.get(LOGICAL_GPUS_VARIABLE))
     except (ImageUnfit, EngineUnreachable, EngineError, LaunchError, OSError) as error:
@@ -85,20 +80,12 @@ def check_image(name: str, pinned: str, gpus: bool) -> NodeImage:
 
 
 def _check(name: str, pinned: str, gpus: bool) -> NodeImage:
-    from docker.errors import APIError
-
-    client = connect(os.environ, _PULL_TIMEOUT_S)
     name, content_hash = _split(name)
-    try:
-        image = _present(client, name, pinned)
-        devices = tuple(dict(each) for each in gpu_requests(client.info())) if gpus else ()
-    except APIError as error:
-        raise ImageUnfit(str(error.explanation or error)) from error
-    finally:
-        client.close()
+    image = _present(name, pinned)
     _check_labels(image, name, content_hash)
     kit = ensure_kit(kits_root())
-    own = hashlib.sha256(json.dumps([image.id, kit.name, devices]).encode()).hexdigest()[:32]
+    root = str(Path(__file__).parent.parent)
+    own = hashlib.sha256(json.dumps([image["Id"], kit.name, gpus, root, sys.executable]).encode()).hexdigest()[:32]
     known = kit.parent / "checked" / f"{own}.json"
     if content := read_json(known):
         return NodeImage.model_validate(content).model_copy(update={"pinned": _pinned(image, name)})
@@ -106,11 +93,11 @@ def _check(name: str, pinned: str, gpus: bool) -> NodeImage:
         pinned=_pinned(image, name),
         kit=str(kit),
         attempts=str(attempts_root()),
-        devices=devices,
+        devices=_devices() if gpus else (),
         host_python=sys.executable,
-        root=str(Path(__file__).parent.parent),
+        root=root,
     )
-    probed = _probe(str(image.id), found)
+    probed = _probe(image["Id"], found)
     _check_versions(name, python=probed["python"], ray=probed["ray"])
     if problem := probed.get("import_error"):
         raise ImageUnfit(
@@ -126,38 +113,58 @@ def _check(name: str, pinned: str, gpus: bool) -> NodeImage:
     found = found.model_copy(update={"python": probed["executable"]})
     known.parent.mkdir(exist_ok=True)
     write_whole(known, found.model_dump_json())
+    remove_unused(attempts_root())
     return found
 
 
-def _present(client: Any, name: str, pinned: str) -> "Image":
-    """The image on this node, pulled when it is not there."""
-    from docker.errors import APIError, ImageNotFound
+def _present(name: str, pinned: str) -> dict[str, Any]:
+    """The image on this node, as the engine describes it; pulled when it is not there."""
+    engine = EngineSocket(os.environ)
+    try:
+        return engine.inspect_image(pinned or name)
+    except EngineError as error:
+        if error.status != _NOT_FOUND:
+            raise
+    if pinned.startswith("sha256:"):
+        raise ImageUnfit(
+            f"image `{name}` is `{pinned[:19]}` in this run, and that is not on this node\n\n"
+            "hint: it came from no registry, so it must be built or loaded on every node"
+        )
+    _pull(name, pinned or name)
+    return engine.inspect_image(pinned or name)
 
+
+def _pull(name: str, reference: str) -> None:
+    from docker.errors import APIError
+
+    client = connect(os.environ, _PULL_TIMEOUT_S)
     try:
-        image: Image = client.images.get(pinned or name)
-    except ImageNotFound:
-        if pinned.startswith("sha256:"):
-            raise ImageUnfit(
-                f"image `{name}` is `{pinned[:19]}` in this run, and that is not on this node\n\n"
-                "hint: it came from no registry, so it must be built or loaded on every node"
-            ) from None
-    else:
-        return image
-    try:
-        return client.images.pull(pinned or name)  # type: ignore[no-any-return]
+        client.images.pull(reference)
     except APIError as error:
         raise ImageUnfit(
             f"image `{name}` is not on this node and cannot be pulled: {error.explanation or error}\n\n"
             "hint: build it there, or name one that exists"
         ) from error
+    finally:
+        client.close()
 
 
-def _pinned(image: "Image", name: str) -> str:
+def _devices() -> tuple[dict[str, Any], ...]:
+    """How the engine is asked for all GPUs of the node."""
+    client = connect(os.environ)
+    try:
+        return tuple(dict(each) for each in gpu_requests(client.info()))
+    finally:
+        client.close()
+
+
+def _pinned(image: Mapping[str, Any], name: str) -> str:
     repository = name.partition("@")[0]
     if ":" in repository.rpartition("/")[2]:
         repository = repository.rpartition(":")[0]
-    digests: list[str] = image.attrs.get("RepoDigests") or []
-    return next((each for each in digests if each.partition("@")[0].endswith(repository)), str(image.id))
+    digests: list[str] = image.get("RepoDigests") or []
+    own = [each for each in digests if f"/{each.partition('@')[0]}".endswith(f"/{repository}")]
+    return own[0] if own else str(image["Id"])
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -166,9 +173,9 @@ def _split(name: str) -> tuple[str, str]:
     return (name, "") if given.startswith("sha256:") else (plain, given)
 
 
-def _check_labels(image: "Image", name: str, content_hash: str) -> None:
+def _check_labels(image: Mapping[str, Any], name: str, content_hash: str) -> None:
     """Labels that our own images carry tell what they are without a container."""
-    labels: Mapping[str, str] = image.labels
+    labels: Mapping[str, str] = image["Config"].get("Labels") or {}
     own = labels.get(CONTENT_HASH_LABEL, "")
     if content_hash and not own.startswith(content_hash):
         raise ImageUnfit(
