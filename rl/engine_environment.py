@@ -11,7 +11,8 @@ def engine_environment(config: EngineConfig, gpus: float = 0) -> dict[str, str]:
         # The engine runs in the host's own process, where its thread can change weights between two steps.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
+        # It warns of what we do on purpose, at every swap even: a tied head is not in the checkpoint.
+        "VLLM_LOGGING_LEVEL": "ERROR",
         # What the engine's own parts say to each other stays on this machine.
         "VLLM_HOST_IP": "127.0.0.1",
         "TOKENIZERS_PARALLELISM": "false",

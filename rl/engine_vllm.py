@@ -7,7 +7,7 @@ What is sampled in a step comes from one version of the weights, so every token 
 that begin after a swap never read keys and values of older weights, whatever the policy.
 """
 
-import logging
+import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,11 @@ from rl.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import torch
+
+_open_or_closed: dict[int, tuple[Any, bool]] = {}
+"""The engines of this process, and whether each is open. They share vLLM's process groups, which end with the first
+engine that is shut down, so all are shut down when the last is closed."""
+_lock = threading.Lock()
 
 _BLOCK_TOKENS = 32
 """Keys and values are cached and shared in pieces of so many tokens."""
@@ -66,8 +71,6 @@ class VllmDriver:
         set_engine_environment(config, gpus)
         from vllm import EngineArgs, LLMEngine
 
-        # It would warn of every tied head at every swap; `repack` sees to those, and the parity probe to all others.
-        logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
         self.version = version
         self._config = config
         self._tokenizer = tokenizer
@@ -91,6 +94,8 @@ class VllmDriver:
                 **({} if gpus else on_cpu),
             )
         )
+        with _lock:
+            _open_or_closed[id(self._engine)] = (self._engine, True)
 
     @property
     def busy(self) -> bool:
@@ -172,7 +177,13 @@ class VllmDriver:
 
     def close(self) -> None:
         """Let go of the model, the cache and the worker."""
-        self._engine.engine_core.shutdown()
+        with _lock:
+            _open_or_closed[id(self._engine)] = (self._engine, False)
+            if any(is_open for _, is_open in _open_or_closed.values()):
+                return
+            for engine, _ in _open_or_closed.values():
+                engine.engine_core.shutdown()
+            _open_or_closed.clear()
 
     @staticmethod
     def reload(worker: Any, tensors: "Mapping[str, torch.Tensor]") -> None:
