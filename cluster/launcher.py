@@ -47,6 +47,10 @@ def up(cluster: ClusterFile, folder: Path, say: Say, timeout_s: float) -> tuple[
     assert cluster.token_file is not None
     if ensure_token(cluster.token_file):
         say(f"made token {cluster.token_file}")
+    # A node of an earlier cluster would join the new head, and be stopped by it a moment later.
+    if problems := _sweep(cluster, say):
+        raise LaunchError("\n".join(problems))
+    _forget(cluster)
     rendered = _render(cluster, folder)
     _ray(["up", "--yes", "--no-config-cache", *_PLAIN, str(rendered)], cluster, say, _LAUNCH_TIMEOUT_S)
     address = cluster.client_address(head_address(cluster, folder))
@@ -62,10 +66,11 @@ def down(cluster: ClusterFile, folder: Path, say: Say) -> list[str]:
     except LaunchError as error:
         problems.append(str(error))
     if cluster.machines:
-        # The machines themselves say whether anything is left.
+        # They say themselves whether anything is left.
         problems = _sweep(cluster, say)
     if not problems:
-        _forget(cluster, rendered)
+        _forget(cluster)
+        rendered.unlink(missing_ok=True)
     return problems
 
 
@@ -103,7 +108,9 @@ def _wait_for_nodes(cluster: ClusterFile, address: str, say: Say, timeout_s: flo
 
 
 def _sweep(cluster: ClusterFile, say: Say) -> list[str]:
-    """Remove containers and mounted files of the cluster from its machines; what was not possible."""
+    """Remove containers and mounted files of the cluster from its own machines; what was not possible."""
+    if not cluster.machines:
+        return []
     login = Login.of(cluster.content.get("auth", {}))
     label, mounts = shlex.quote(f"label={CONTAINER_LABEL}={cluster.name}"), f"/tmp/ray_tmp_mount/{cluster.name}"
     script = f"""
@@ -127,19 +134,18 @@ def _sweep(cluster: ClusterFile, say: Say) -> list[str]:
         return list(filter(None, [clean(first), *pool.map(clean, others)]))
 
 
-def _forget(cluster: ClusterFile, rendered: Path) -> None:
-    """Remove the notes that Ray keeps of the cluster on this machine."""
-    temporary = Path(tempfile.gettempdir())
-    for path in (
-        rendered,
-        temporary / "ray" / f"cluster-{cluster.name}.state",
-        temporary / "ray" / f"cluster-{cluster.name}.lock",
-    ):
-        path.unlink(missing_ok=True)
+def _forget(cluster: ClusterFile) -> None:
+    """Remove the notes that Ray keeps of machines of our own; those of a cloud find its machines again."""
+    if not cluster.machines:
+        return
+    from ray.autoscaler._private.local.config import get_lock_path, get_state_path
+
+    for path in (get_state_path(cluster.name), get_lock_path(cluster.name)):
+        Path(path).unlink(missing_ok=True)
     marker = f'"cluster_name": "{cluster.name}"'
-    for path in temporary.glob("ray-config-*"):
-        if path.is_file() and marker in path.read_text(errors="replace"):
-            path.unlink(missing_ok=True)
+    for cached in Path(tempfile.gettempdir()).glob("ray-config-*"):
+        if cached.is_file() and marker in cached.read_text(errors="replace"):
+            cached.unlink(missing_ok=True)
 
 
 def _render(cluster: ClusterFile, folder: Path) -> Path:

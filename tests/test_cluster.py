@@ -24,6 +24,15 @@ from cluster.token_file import TokenError, check_token, ensure_token
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 FILES = ("ray-cluster.yaml", "cluster/aws.yaml", "cluster/gcp.yaml")
+UP = """\
+orchestrate cluster check          # ssh, Docker, image, versions, ports, token: what is missing, and where
+orchestrate cluster up --yes       # from now on, steps that ask for resources go there
+orchestrate cluster nodes          # type, state, image, resources and labels of every node
+orchestrate cluster status         # health; exit code 3 when a machine is missing
+"""
+DOWN = """\
+orchestrate cluster down --yes     # containers, processes and files, on every machine
+"""
 CRD_VARIABLE = "KUBERAY_CRD"
 """Environment variable: path of KubeRay's `ray.io_rayclusters.yaml`, which no package index offers."""
 
@@ -45,6 +54,14 @@ def test_cluster_files_are_valid_and_guarded(name: str) -> None:
     import ray
 
     assert f'"ray, version {ray.__version__}"' in found.content["setup_commands"][0]
+
+
+def test_the_readme_shows_what_is_run_here() -> None:
+    readme = (ROOT / "README.md").read_text()
+    if "cluster up" not in readme:
+        pytest.skip("the README does not show how a cluster is brought up")
+    for commands in (UP, DOWN):
+        assert f"```sh\n{commands}```\n" in readme
 
 
 def test_clouds_differ_from_our_own_machines_only_where_they_must() -> None:
@@ -178,7 +195,6 @@ class Machines:
         docker["run_options"] = [
             *(option.replace("cluster=sygaldry", f"cluster={self.name}") for option in docker["run_options"]),
             "--shm-size=300m",
-            f"--volume={self.folder}/plan:{self.folder}/plan",
         ]
         content["file_mounts"]["/ray-token"] = str(self.folder / "token")
         gcs, client, dashboard, agent, other_agent = self.ports
@@ -213,6 +229,21 @@ class Machines:
             timeout=timeout_s,
             check=False,
         )
+
+    def run_as_shown(self, commands: str) -> None:
+        """Commands of the README, in the folder of the cluster file."""
+        path = f"{BIN}{os.pathsep}{self.environment['PATH']}"
+        done = subprocess.run(
+            ["bash", "-e", "-u", "-c", commands],
+            env={**self.environment, "PATH": path},
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=600,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
 
     def containers(self) -> list[str]:
         argv = ["docker", "ps", "--all", "--quiet", "--filter", f"label=orchestrate.cluster={self.name}"]
@@ -287,11 +318,13 @@ def test_plain_ray_up_refuses_a_missing_or_open_token(machines: Machines, mode: 
 
 
 PLAN = """
+params: {image: {}}
+
 steps:
   - id: gpu
     type: command
     command: sh
-    args: [-c, 'test "$SYGALDRY_IMAGE_LABEL" || echo nothing of the node; echo "gpus $CUDA_VISIBLE_DEVICES"']
+    args: [-c, 'cat data.txt; echo "gpus $CUDA_VISIBLE_DEVICES"']
     resources: {cpus: 0.5, gpus: 2, labels: {node-type: gpu}}
   - id: part
     type: python
@@ -301,6 +334,11 @@ steps:
     type: python
     python: {call: "work:where"}
     resources: {cpus: 0.5, labels: {node-type: head}}
+  - id: image
+    type: python
+    python: {call: "work:where"}
+    image: "${{ params.image }}"
+    resources: {cpus: 0.5}
   - id: never
     type: command
     command: "true"
@@ -312,7 +350,7 @@ import os
 
 def where():
     print("in a container" if os.path.exists("/.dockerenv") else "outside")
-    return {"ip": os.environ.get("RAY_NODE_IP", ""), "gpus": os.environ.get("CUDA_VISIBLE_DEVICES", "")}
+    return {"gpus": os.environ.get("CUDA_VISIBLE_DEVICES", "")}
 """
 
 
@@ -327,10 +365,9 @@ def test_ray_up_then_steps_from_outside_then_down(machines: Machines) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert machines.containers()
 
-    done = machines.run("orchestrate", "cluster", "up", "--yes", "--json", "--config", file)
-    assert done.returncode == 0, done.stderr
-    up = json.loads(done.stdout)
-    assert (up["state"], up["address"], up["missing"]) == ("up", machines.address, [])
+    machines.run_as_shown(UP)
+    found = json.loads(machines.run("orchestrate", "cluster", "status", "--json").stdout)
+    assert (found["state"], found["address"], found["missing"]) == ("up", machines.address, [])
     listed = json.loads(machines.run("orchestrate", "cluster", "nodes", "--json").stdout)
     assert {node["address"]: node["type"] for node in listed if node["alive"]} == {
         machines.head: "head",
@@ -341,8 +378,7 @@ def test_ray_up_then_steps_from_outside_then_down(machines: Machines) -> None:
     refused_without_the_token(machines)
     steps_run_there(machines)
 
-    done = machines.run("orchestrate", "cluster", "down", "--yes")
-    assert done.returncode == 0, done.stderr
+    machines.run_as_shown(DOWN)
     assert not machines.containers()
     assert not Path(f"/tmp/ray_tmp_mount/{machines.name}").exists()
     status = json.loads(machines.run("orchestrate", "status", "--json").stdout)
@@ -369,13 +405,17 @@ def steps_run_there(machines: Machines) -> None:
     folder = machines.folder / "plan"
     (folder / "plan.yaml").write_text(PLAN)
     (folder / "work.py").write_text(WORK)
-    done = machines.run("orchestrate", folder / "plan.yaml", "--json")
+    # The machines do not share this folder: it is sent there.
+    (folder / "data.txt").write_text("sent\n")
+    done = machines.run("orchestrate", folder / "plan.yaml", "--json", "-p", f"image={machines.image}")
     steps = {step["id"]: step for step in json.loads(done.stdout)["steps"]}
     assert done.returncode == 0, done.stdout
-    assert steps["gpu"]["stdout_tail"] == "gpus 0,1\n" or "gpus 0,1" in steps["gpu"]["stdout_tail"]
+    assert steps["gpu"]["stdout_tail"] == "sent\ngpus 0,1\n"
     assert steps["gpu"]["gpus"] == ["0", "1"]
-    assert steps["part"]["stdout_tail"] == steps["head"]["stdout_tail"] == "in a container\n"
+    assert {steps[name]["stdout_tail"] for name in ("part", "head", "image")} == {"in a container\n"}
     assert len(steps["part"]["gpus"]) == 1 and steps["head"]["gpus"] == []
+    # The nodes run in the image already.
+    assert steps["image"]["image"] == f"{machines.image}@{image_label_of(machines.image)}"
     assert (steps["never"]["outcome"], steps["never"]["reason"]) == ("failed", "infeasible")
     status = json.loads(machines.run("orchestrate", "status", "--json").stdout)
     assert status["cluster"] == {"name": machines.name, "address": machines.address}

@@ -49,8 +49,8 @@ def cluster() -> None:
 def up(config: Path | None, yes: bool, as_json: bool, timeout_s: float) -> None:
     """Check the machines, bring the cluster up, and send steps there from now on.
 
-    Bringing up a cluster that runs restarts Ray on it. Exit code 3 when something is missing: all of it is told, with
-    the machine where it is missing.
+    A cluster that runs already is started anew: what runs there is ended. Exit code 3 when something is missing: all of
+    it is told, with the machine where it is missing.
     """
     state = _state()
     with _explained():
