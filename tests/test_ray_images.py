@@ -14,7 +14,8 @@ import psutil
 import pytest
 import pytest_asyncio
 
-from cluster.checks import LOGICAL_GPUS_VARIABLE
+from cluster.call import RayCall
+from cluster.checks import LOGICAL_GPUS_VARIABLE, check_image
 from cluster.dispatch import RayDispatch, RayHandle, RayLocation
 from cluster.shape import ResourceShape
 from container import reaper
@@ -181,6 +182,14 @@ async def test_the_gpus_ray_assigned_are_visible_by_their_numbers(bench: Bench) 
     assert result.outputs["gpus"] == "0,1"
 
 
+async def test_any_function_is_called_in_an_image(bench: Bench) -> None:
+    call = RayCall(function="work:look", image=bench.image, plan_dir=str(bench.folder))
+    names = {"workflow_id": "flow", "run_id": bench.run_id, "call_id": "call", "log_dir": str(bench.folder)}
+    handle = await bench.dispatch.attach_or_start(call.request(**names, attempt=1, plan_dir="/"), call.shape)
+    result = await asyncio.wait_for(handle.wait(), 120)
+    assert result.outputs["inside"] and result.image.startswith(f"{bench.image}@"), result
+
+
 async def test_a_killed_container_fails_the_attempt_and_the_next_one_runs(bench: Bench) -> None:
     request = bench.shell("setsid sleep 600 & echo ready; sleep 600")
     handle = await bench.start(request, cpus=0.6)
@@ -247,6 +256,8 @@ async def test_what_no_image_can_do_fails_with_the_reason(bench: Bench, small_im
     ):
         assert (result.outcome, result.reason, result.final) == ("failed", "image", True)
         assert words in result.error and "hint:" in result.error
+    no_gpu = await asyncio.to_thread(check_image, bench.image, "", True)
+    assert "GPU" in no_gpu.error and "hint:" in no_gpu.error
     impossible = await bench.run(bench.shell("true"), gpus=3)
     assert impossible.reason == "infeasible"
     assert f"image `{bench.image}`" in impossible.error
