@@ -170,7 +170,7 @@ class VllmDriver:
 
     def swap(self, tensors: "Mapping[str, torch.Tensor]", version: int) -> None:
         """Copy other weights in."""
-        self._engine.collective_rpc(self.reload, args=(dict(tensors),))
+        self._engine.collective_rpc(reload, args=(dict(tensors), self.repack))
         if self._config.kv_policy == "recompute" and not self._config.reproducible:
             self._engine.reset_prefix_cache(reset_running_requests=True)
         self.version = version
@@ -186,32 +186,32 @@ class VllmDriver:
             _open_or_closed.clear()
 
     @staticmethod
-    def reload(worker: Any, tensors: "Mapping[str, torch.Tensor]") -> None:
-        """In the engine's worker: the checkpoint's tensors into the model's own layers."""
-        import torch
-        from vllm.config import set_current_vllm_config
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+    def repack(model: Any) -> None:
+        """Pack the layers again that were not loaded by name.
 
-        model = worker.get_model()
-        with torch.no_grad(), torch.device(worker.device), set_current_vllm_config(worker.vllm_config):
-            initialize_layerwise_reload(model)
-            model.load_weights(tensors.items())
-            finalize_layerwise_reload(model, worker.model_config)
-            repack(model)
+        On CPUs vLLM multiplies by a packed copy of each matrix. A head that is tied to the embeddings has no tensor of
+        its own in the checkpoint, so nothing but this would bring its copy up to date.
+        """
+        from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+        for module in model.modules():
+            weight = getattr(module, "weight", None)
+            if hasattr(module, "cpu_linear") and weight is not None and weight.numel():
+                dispatch_cpu_unquantized_gemm(module, remove_weight=False)
 
 
-def repack(model: Any) -> None:
-    """Pack the layers again that were not loaded by name.
+def reload(worker: Any, tensors: "Mapping[str, torch.Tensor]", repack: Callable[[Any], None]) -> None:
+    """In the engine's worker: the checkpoint's tensors into the model's own layers."""
+    import torch
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-    On CPUs vLLM multiplies by a packed copy of each matrix. A head that is tied to the embeddings has no tensor of its
-    own in the checkpoint, so nothing but this would bring its copy up to date.
-    """
-    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if hasattr(module, "cpu_linear") and weight is not None and weight.numel():
-            dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+    model = worker.get_model()
+    with torch.no_grad(), torch.device(worker.device), set_current_vllm_config(worker.vllm_config):
+        initialize_layerwise_reload(model)
+        model.load_weights(tensors.items())
+        finalize_layerwise_reload(model, worker.model_config)
+        repack(model)
 
 
 def _scores(token_ids: Any, choices: Any) -> tuple[float, ...]:
