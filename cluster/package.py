@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import IO
 
 from pathspec import GitIgnoreSpec
-from pydantic import ByteSize, TypeAdapter
+from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from cluster.manifest import Manifest
-from steps import StepRequest
+from steps import StepError, StepRequest
 from steps._file_patterns import matching
 
 IGNORE_FILES = (".orchestrateignore", ".gitignore")
@@ -78,7 +78,7 @@ class Packer:
             if known is not None and known[0] == stamp.hexdigest():
                 return known[1]
             package = _write(folder, files)
-        except OSError as error:
+        except (OSError, StepError) as error:
             raise PackageError(f"the plan's folder `{folder}` cannot be read: {error}") from error
         newest = max((status.st_mtime for status in statuses.values()), default=0.0)
         if time.time() - newest > _SETTLED_S:
@@ -135,7 +135,11 @@ def _walk(
 
 
 def _check_size(folder: Path, statuses: dict[str, os.stat_result]) -> None:
-    limit = TypeAdapter(ByteSize).validate_python(os.environ.get(LIMIT_VARIABLE, _DEFAULT_LIMIT))
+    text = os.environ.get(LIMIT_VARIABLE, _DEFAULT_LIMIT)
+    try:
+        limit = TypeAdapter(ByteSize).validate_python(text)
+    except ValidationError:
+        raise PackageError(f"{LIMIT_VARIABLE} is `{text}`, wanted bytes or a text like `1GiB`") from None
     sizes = {name: status.st_size for name, status in statuses.items() if stat.S_ISREG(status.st_mode)}
     total = sum(sizes.values())
     if total <= limit and len(statuses) <= _MOST_FILES:

@@ -244,7 +244,7 @@ def test_what_goes_along(plan: StepRequest, tmp_path: Path) -> None:
     assert os.access(found / "a.py", os.X_OK)
 
 
-def test_the_hash_is_of_the_content_alone(plan: StepRequest) -> None:
+def test_the_hash_is_of_the_content_alone(plan: StepRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     file = Path(plan.plan_dir) / "a.py"
     file.write_text("1")
     packer = Packer()
@@ -255,6 +255,9 @@ def test_the_hash_is_of_the_content_alone(plan: StepRequest) -> None:
     assert packer.pack(plan) is second
     file.chmod(0o755)
     assert packer.pack(plan).hash != first.hash
+    with monkeypatch.context() as patch, pytest.raises(PackageError, match="wanted bytes or a text like"):
+        patch.setenv(LIMIT_VARIABLE, "much")
+        packer.pack(plan)
     with pytest.raises(PackageError, match="leads out of it"):
         (file.parent / "link").symlink_to("/etc")
         packer.pack(plan)
