@@ -16,7 +16,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -66,7 +66,6 @@ class WorkerSpec:
     """Limit in bytes; 0 is none."""
     devices: Sequence[Mapping[str, Any]] = ()
     """GPUs, as the engine's `DeviceRequests`; Ray sets CUDA_VISIBLE_DEVICES to those it has assigned."""
-    labels: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def container(self) -> str:
@@ -93,8 +92,9 @@ def main() -> None:
         private = reaper.make_private_folder(spec.container)
         engine.create(spec.container, worker_config(spec, worker, env, private))
         engine.start(spec.container)
-    except (EngineError, OSError) as error:
-        _stand_in(spec, worker, f"its container cannot be started: {error}")
+    except Exception as error:
+        # Whatever it is: a worker that does not come would be waited for.
+        _stand_in(spec, worker, f"its container cannot be started: {str(error) or type(error).__name__}")
     status = _wait(engine, spec.container)
     lines, killed = _last_words(engine, spec.container)
     reaper.remove(spec.container, env)
@@ -118,6 +118,9 @@ def worker_config(spec: WorkerSpec, worker: Sequence[str], env: Mapping[str, str
         "HF_HOME": HF_HOME,
         FOLDER_VARIABLE: spec.folder,
     }
+    if not spec.devices:
+        # Images of NVIDIA ask for all GPUs, and an engine may have their runtime as its default.
+        inside["NVIDIA_VISIBLE_DEVICES"] = "void"
     if token := _token_file(env, private):
         inside["RAY_AUTH_TOKEN_PATH"] = token
         mounts.append(Mount(token, token, read_only=True))
@@ -131,7 +134,7 @@ def worker_config(spec: WorkerSpec, worker: Sequence[str], env: Mapping[str, str
         mounts.append(Mount(str(private / "secrets"), _SECRETS, read_only=True))
     arguments = [spec.python, f"{KIT}/container/inside.py", "worker", KIT, *worker[1:]]
     config = base_config(spec, arguments, mounts, inside)
-    config["Labels"] = {**spec.labels, ACTOR_LABEL: spec.actor, reaper.OWNER_LABEL: reaper.owner()}
+    config["Labels"] = {ACTOR_LABEL: spec.actor, reaper.OWNER_LABEL: reaper.owner()}
     if spec.memory:
         config["HostConfig"] |= {"Memory": spec.memory, "MemorySwap": spec.memory}
     if spec.cpus:
