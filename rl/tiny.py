@@ -7,6 +7,9 @@ It is made on the user's machine; the same seed on the same machine gives the sa
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
 
 LONGEST = 2048
 """Tokens."""
+_TIMEOUT_S = 3600
+"""On two cores that have nothing else to do it takes a minute."""
 _SHAPE = {
     "hidden_size": 128,
     "intermediate_size": 384,
@@ -62,3 +67,27 @@ def make_tiny(folder: Path, seed: int, recipe: WarmStart = RECIPE) -> None:
     model = new_tiny(seed)
     warm_start(model, TinyTokenizer(), seed, recipe)
     save_model(model, TinyTokenizer(), str(folder))
+
+
+def make_tiny_apart(folder: Path, seed: int) -> None:
+    """`make_tiny` in a process of its own, whose threads are always the same, so that its numbers are."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])),
+        "OMP_NUM_THREADS": "2",
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "rl.tiny", str(folder), str(seed)],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=_TIMEOUT_S,
+    )
+    if done.returncode:
+        raise RuntimeError(f"the model `tiny` could not be made: {done.stderr.strip()[-1000:]}")
+
+
+if __name__ == "__main__":
+    make_tiny(Path(sys.argv[1]), int(sys.argv[2]))

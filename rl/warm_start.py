@@ -36,16 +36,15 @@ class WarmStart(Frozen):
 
 RECIPE = WarmStart(
     lessons=(
-        (Task(name="simple"), 1000),
-        (Task(name="compositional"), 5000),
-        (Task(name="compositional", difficulty="medium"), 800),
+        (Task(name="simple"), 1500),
+        (Task(name="compositional"), 3000),
         (Task(name="multi_step"), 1000),
-        (Task(name="recursive"), 1000),
+        (Task(name="recursive"), 1500),
     ),
     haste=0.55,
-    steps=500,
+    steps=400,
     batch_size=32,
-    learning_rate=2e-3,
+    learning_rate=1e-3,
 )
 
 

@@ -26,6 +26,14 @@ LIGHT = (
     "rl.evaluation",
     "rl.evaluation_plot",
     "rl.loss_settings",
+    "rl.config",
+    "rl.stack",
+    "rl.models",
+    "rl.tiny",
+    "rl.engine",
+    "rl.engine_environment",
+    "rl.generator",
+    "rl.turn_barrier",
 )
 
 
