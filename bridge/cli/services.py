@@ -77,26 +77,24 @@ def status(context: click.Context, as_json: bool) -> None:
 
 
 def _found(state: State) -> dict[str, Any]:
-    """The services, and the cluster where steps go instead of the local Ray: `{name, address}` or None."""
-    cluster = current_cluster(state)
-    return {
-        **services.status(state),
-        "cluster": {"name": cluster.name, "address": cluster.address} if cluster else None,
-    }
+    """The services; where steps go to a cluster instead of the local Ray, `ray` is that cluster, with its name."""
+    found = services.status(state)
+    if cluster := current_cluster(state):
+        found["ray"] = {"address": cluster.address, "dashboard": None, "cluster": cluster.name}
+    return found
 
 
 def _print_status(found: dict[str, Any], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(found))
         return
-    cluster = found["cluster"]
     rows = [
         ("state", found["state_dir"]),
         ("temporal", found["temporal"]["address"] or "not running"),
         ("temporal ui", found["temporal"]["ui"]),
         ("ray", found["ray"]["address"] or "not running (starts with the first step that needs it)"),
         ("ray dashboard", found["ray"]["dashboard"]),
-        ("cluster", f"{cluster['name']} at {cluster['address']}, instead of the local ray" if cluster else None),
+        ("cluster", found["ray"].get("cluster")),
     ]
     for process in found["processes"]:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(process["since"]))
