@@ -95,6 +95,7 @@ def main() -> None:
     """The process of `start_watch`."""
     os.chdir("/")
     name, grace_s, *watched = sys.argv[1:]
+    reap(os.environ)
     poller = select.poll()
     for text in watched:
         pid, _, ticks = text.partition(":")
@@ -114,14 +115,16 @@ def main() -> None:
     reap(os.environ)
 
 
-def remove(name: str, env: Mapping[str, str], owners: Collection[str] = (), grace_s: int = 0) -> None:
+def remove(
+    name: str, env: Mapping[str, str], owners: Collection[str] = (), grace_s: int = 0, tries: int = _TRIES
+) -> None:
     """Remove a container and its files; with `owners`, only what one of them claims: others may use the same name.
 
-    An engine that does not answer is asked again for a minute.
+    An engine that does not answer is asked again, by default for a minute.
     """
     if not owners or _claim(private_folder(name)) in owners:
         shutil.rmtree(private_folder(name), ignore_errors=True)
-    for _ in range(_TRIES):
+    for left in reversed(range(tries)):
         try:
             engine = EngineSocket(env)
             if owners and (engine.inspect(name)["Config"]["Labels"] or {}).get(OWNER_LABEL) not in owners:
@@ -132,7 +135,7 @@ def remove(name: str, env: Mapping[str, str], owners: Collection[str] = (), grac
         except EngineError as error:
             if error.status == NOT_FOUND:
                 return
-            time.sleep(_PAUSE_S)
+            time.sleep(_PAUSE_S if left else 0)
         else:
             return
 

@@ -223,5 +223,6 @@ def _last_words(engine: EngineSocket, name: str) -> tuple[str, str]:
 def _stand_in(spec: WorkerSpec, worker: Sequence[str], reason: str) -> NoReturn:
     """Become a worker of the host whose actor says why there is none in the image."""
     print(f"actor {spec.actor} does not run in its image: {reason}", file=sys.stderr, flush=True)
-    reaper.remove(spec.container, os.environ)
+    # The watch tries for longer; Ray waits for a worker no more than a minute.
+    reaper.remove(spec.container, os.environ, tries=1)
     os.execve(sys.executable, [sys.executable, *worker], {**os.environ, REFUSED_VARIABLE: reason[:2000]})
