@@ -93,6 +93,7 @@ def _wait_for_nodes(cluster: ClusterFile, address: str, say: Say, timeout_s: flo
         except NodesError as error:
             trouble = str(error)
         else:
+            trouble = ""
             still = sorted(wanted - {node.address for node in nodes if node.alive})
             if not still:
                 return nodes
