@@ -8,7 +8,7 @@ from rl.loss_settings import LossSettings
 from rl.rollout import RolloutSettings
 from rl.types import Frozen, Task
 
-StackName = Literal["local", "ray", "monarch", "hybrid"]
+StackName = Literal["local", "ray", "monarch", "hybrid", "scripted"]
 EngineName = Literal["vllm", "hf"]
 TransportName = Literal["shared_memory", "ray_objects", "monarch_rdma", "file"]
 

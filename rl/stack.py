@@ -86,7 +86,11 @@ class Trainer(Protocol):
         ...
 
     async def publish(self) -> Published:
-        """Let generators load the weights as they are now. Raises `PartLost`."""
+        """Let generators load the weights as they are now, as the newest. Raises `PartLost`.
+
+        The loop calls the next `update` while this goes on, so the weights are copied aside before that begins. After
+        a trainer was restored the version may be lower than one that was published before.
+        """
         ...
 
     async def save(self, folder: str) -> None:
