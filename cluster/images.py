@@ -14,10 +14,6 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ray
-from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
 from cluster.checks import NodeImage, check_image
 from cluster.plan_copies import copies_folder
 from cluster.room import Room
@@ -194,6 +190,10 @@ class Images:
 
 
 async def _check_on_node(node_id: str, name: str, pinned: str, gpus: bool) -> NodeImage:
+    import ray
+    from ray.exceptions import RayError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
     affinity = NodeAffinitySchedulingStrategy(node_id, soft=False)
     remote: Any = ray.remote(num_cpus=0, max_retries=0)(check_image)
     try:
