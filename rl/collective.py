@@ -68,8 +68,9 @@ class Collective:
 
     def _open(self) -> Any:
         if self.device.type == "cuda":
-            nccl: Any = dist.ProcessGroupNCCL
-            return nccl(self._store("sums"), self.rank, self.size, _TIMEOUT)
+            for_nccl: Any = dist.ProcessGroupNCCL.Options()
+            for_nccl._timeout = _TIMEOUT
+            return dist.ProcessGroupNCCL(self._store("sums"), self.rank, self.size, for_nccl)
         options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=_LOOPBACK)]
         options._timeout = _TIMEOUT

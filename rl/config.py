@@ -94,3 +94,18 @@ class RunConfig(Frozen):
                 "of `engine.max_model_tokens`"
             )
         return self
+
+    @model_validator(mode="after")
+    def _learner_can_be_hosted(self) -> Self:
+        processes = self.learner.num_processes
+        if 0 < self.trainer_gpus < processes:
+            raise ValueError(
+                f"`trainer_gpus` is {self.trainer_gpus:g}, fewer than the {processes} processes of `learner`"
+            )
+        if self.learner.fully_sharded and processes > 1 and self.stack == "local" and self.engine.name == "vllm":
+            # Both want to be torch's default process group.
+            raise ValueError(
+                "`learner.fully_sharded` and the engine `vllm` cannot share the one process of stack `local`: "
+                "take stack `ray`, `monarch` or `hybrid`, or the engine `hf`"
+            )
+        return self

@@ -9,6 +9,7 @@ trained on once, so the log-probabilities before the update are those of its own
 
 import math
 import time
+from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -88,8 +89,11 @@ class Learner:
 
     def probe(self) -> tuple[float, ...]:
         """Log-probabilities of `probe_tokens`, which an engine with the same weights must agree with."""
-        tokens = torch.tensor(probe_tokens(self._policy.model.config.vocab_size), device=self._device)
-        scores: list[float] = self._policy.logprobs(tokens).tolist()
+        return self.logprobs(probe_tokens(self._policy.model.config.vocab_size))
+
+    def logprobs(self, token_ids: Sequence[int]) -> tuple[float, ...]:
+        """Natural log-probabilities at temperature 1 of a conversation's tokens, but for the first."""
+        scores: list[float] = self._policy.logprobs(torch.tensor(token_ids, device=self._device)).tolist()
         return tuple(scores)
 
     def state(self) -> dict[str, Tensor]:

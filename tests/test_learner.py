@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rl.batching import micro_batches
-from rl.config import LearnerConfig, RunConfig
+from rl.config import EngineConfig, LearnerConfig, RunConfig
 from rl.learner import Learner
 from rl.learner_processes import LearnerProcesses
 from rl.loss import k3, selected_logprobs
@@ -72,7 +72,9 @@ def batch_of(number: int = 0, num_groups: int = 2, version: int = 0) -> Batch:
 
 
 def config_of(**learner: Any) -> RunConfig:
-    return RunConfig(learner=LearnerConfig(**{"learning_rate": 1e-2, **learner}), rollout=SETTINGS)
+    gpus = learner.pop("gpus", 0)
+    settings = LearnerConfig(**{"learning_rate": 1e-2, **learner})
+    return RunConfig(learner=settings, rollout=SETTINGS, engine=EngineConfig(name="hf"), trainer_gpus=gpus)
 
 
 def same_weights(one: Learner, other: Learner) -> bool:
@@ -140,7 +142,7 @@ def test_what_was_right_becomes_likelier_and_the_loss_falls(model_folder: str) -
 
     def likelihood(wanted_mode: bool) -> float:
         found = [
-            learner._policy.logprobs(torch.tensor(each.token_ids))[torch.tensor(each.loss_mask[1:])].mean()
+            torch.tensor(learner.logprobs(each.token_ids))[torch.tensor(each.loss_mask[1:])].mean()
             for each in batch.trajectories
             if (each.failure_mode == "success") == wanted_mode
         ]
@@ -246,7 +248,7 @@ def test_weights_are_published_under_the_names_of_the_checkpoint(model_folder: s
     ids = torch.tensor([[1, 2, 3, 4]])
     model: Any = load_model(model_folder)
     expected = selected_logprobs(model(input_ids=ids).logits[0, :-1], ids[0, 1:])
-    torch.testing.assert_close(learner._policy.logprobs(ids[0]), expected)
+    assert learner.logprobs(ids[0].tolist()) == pytest.approx(expected.tolist(), rel=1e-4)
 
 
 def updated(config: RunConfig, model_folder: str, folder: str, batches: Sequence[Batch]) -> list[dict[str, Any]]:
@@ -281,3 +283,17 @@ def test_two_processes_make_the_update_of_one(model_folder: str, tmp_path: Path,
     assert difference(restored.state(), single.state()) < 1e-3
     following = batch_of(20, version=2)
     assert restored.update(following).loss == pytest.approx(single.update(following).loss, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("gpus", "fully_sharded"), [(1, False), (2, False), (2, True)])
+def test_gpus_make_the_update_of_a_cpu(model_folder: str, tmp_path: Path, gpus: int, fully_sharded: bool) -> None:
+    if torch.cuda.device_count() < gpus:
+        pytest.skip(f"needs {gpus} GPUs")
+    batches = [batch_of(8 + number, version=number) for number in range(2)]
+    on_gpus = config_of(learning_rate=1e-4, num_processes=gpus, fully_sharded=fully_sharded, gpus=gpus)
+    expected = updated(config_of(learning_rate=1e-4), model_folder, str(tmp_path / "cpu"), batches)
+    found = updated(on_gpus, model_folder, str(tmp_path / "gpus"), batches)
+    for one, other in zip(expected, found, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-2, abs=1e-4)
+        assert other["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-2)

@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 
-from rl.config import LearnerConfig, RunConfig
+from rl.config import EngineConfig, LearnerConfig, RunConfig
 from rl.models import load_model, save_model
 from rl.prompts import PromptSet
 from rl.rollout import RolloutSettings, rollout
@@ -68,7 +68,8 @@ async def batch_of(version: int) -> Batch:
 
 
 def config_of(**learner: Any) -> RunConfig:
-    return RunConfig(learner=LearnerConfig(**{"learning_rate": 1e-2, **learner}), rollout=SETTINGS)
+    settings = LearnerConfig(**{"learning_rate": 1e-2, **learner})
+    return RunConfig(learner=settings, rollout=SETTINGS, engine=EngineConfig(name="hf"))
 
 
 async def pulled_model(store: WeightStoreHandle, model_folder: str, version: int) -> tuple[Any, Any]:
@@ -181,3 +182,12 @@ async def test_closing_twice_or_before_opening_is_fine(model_folder: str) -> Non
     await other.open()
     await other.close()
     await other.close()
+
+
+def test_a_learner_that_its_stack_cannot_host_is_refused() -> None:
+    sharded = LearnerConfig(num_processes=2, fully_sharded=True)
+    with pytest.raises(ValueError, match="cannot share the one process of stack `local`"):
+        RunConfig(stack="local", learner=sharded)
+    assert RunConfig(stack="ray", learner=sharded).learner.fully_sharded
+    with pytest.raises(ValueError, match="`trainer_gpus` is 1, fewer than the 2 processes"):
+        RunConfig(learner=LearnerConfig(num_processes=2), trainer_gpus=1)
