@@ -78,7 +78,7 @@ async def train(
     finally:
         await watchdog.close()
         log.close()
-        del os.environ[FOLDER_VARIABLE]
+        os.environ.pop(FOLDER_VARIABLE, None)
     state = read_state(final)
     return RunResult(updates=state.update, checkpoint=str(final), ledger=state.ledger, tokens=state.tokens)
 

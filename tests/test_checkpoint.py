@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -109,14 +110,20 @@ def check(folder: Path, result: RunResult, wanted: RunResult) -> None:
     assert tokens.generated == tokens.trained + tokens.wasted
 
 
-@settings(deadline=None, max_examples=20)
-@given(st.lists(st.floats(0.01, 40), min_size=1, max_size=4))
+@cache
+def undisturbed() -> RunResult:
+    with TemporaryDirectory() as folder:
+        return finish(Path(folder))
+
+
+@settings(deadline=None, max_examples=12)
+@given(st.lists(st.floats(0.01, 40), min_size=1, max_size=3))
 def test_killed_at_any_moment_nothing_is_lost_or_trained_on_twice(kills: list[float]) -> None:
-    with TemporaryDirectory() as quiet, TemporaryDirectory() as disturbed:
-        wanted = finish(Path(quiet))
+    with TemporaryDirectory() as name:
+        folder = Path(name)
         for after_s in kills:
-            run_virtually(_kill_after(Path(disturbed), after_s))
-        check(Path(disturbed), finish(Path(disturbed)), wanted)
+            run_virtually(_kill_after(folder, after_s))
+        check(folder, finish(folder), undisturbed())
 
 
 CHILD = """
@@ -141,18 +148,16 @@ asyncio.run(train(RunConfig.model_validate_json(sys.argv[1]), sys.argv[2], True,
 
 
 def test_a_process_that_is_killed_resumes(tmp_path: Path) -> None:
-    wanted = finish(tmp_path / "quiet")
-    folder = tmp_path / "killed"
     rng = random.Random(0)
     for _ in range(3):
-        command = [sys.executable, "-c", CHILD, CONFIG.model_dump_json(), str(folder)]
+        command = [sys.executable, "-c", CHILD, CONFIG.model_dump_json(), str(tmp_path)]
         child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert child.stdout is not None
         for _ in range(rng.randrange(2, 9)):
             child.stdout.readline()  # empty where it was fast, and is done
         child.kill()
         child.communicate()
-    check(folder, finish(folder), wanted)
+    check(tmp_path, finish(tmp_path), undisturbed())
 
 
 def test_a_run_is_not_taken_for_another(tmp_path: Path) -> None:

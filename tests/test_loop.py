@@ -233,9 +233,9 @@ def test_a_trainer_that_is_always_lost_ends_the_run(tmp_path: Path) -> None:
         run_virtually(train(config(), str(tmp_path), open_stack=open_stack))
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=10)
 @given(
-    st.lists(st.tuples(st.floats(0.01, 60), st.sampled_from(["0", "1", "trainer"])), max_size=6),
+    st.lists(st.tuples(st.floats(0.01, 60), st.sampled_from(["0", "1", "trainer"])), max_size=3),
     st.sampled_from([0, 2]),
 )
 def test_losses_at_any_moment_change_no_ledger(losses: list[tuple[float, str]], staleness: int) -> None:
@@ -249,7 +249,7 @@ def test_losses_at_any_moment_change_no_ledger(losses: list[tuple[float, str]], 
                 stack.generators[number].lose()
 
         with TemporaryDirectory() as folder:
-            done = Run(Path(folder), num_generators=2, max_staleness=staleness, checkpoint_every=2)
+            done = Run(Path(folder), num_generators=2, max_staleness=staleness, checkpoint_every=3)
             run_virtually(done.go(meanwhile))
         return done, done.stack.trainer.ledger
 
