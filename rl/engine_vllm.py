@@ -171,7 +171,7 @@ class VllmDriver:
     def swap(self, tensors: "Mapping[str, torch.Tensor]", version: int) -> None:
         """Copy other weights in."""
         self._engine.collective_rpc(reload, args=(dict(tensors), self.repack))
-        if self._config.kv_policy == "recompute" and not self._config.reproducible:
+        if self._config.kv_policy == "recompute":
             self._engine.reset_prefix_cache(reset_running_requests=True)
         self.version = version
 
