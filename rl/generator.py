@@ -101,8 +101,9 @@ class GeneratorHost:
         )
 
     async def close(self) -> None:
-        """End the engine and leave the store."""
-        await self._engine.close()
+        """End the engine and leave the store, as far as they were opened."""
+        if hasattr(self, "_engine"):
+            await self._engine.close()
         if self._reader is not None:
             self._reader.close()
 
