@@ -72,12 +72,15 @@ class Loop:
         checkpoints: Checkpoints,
         watchdog: Watchdog,
         report: Report,
+        stop: asyncio.Event | None = None,
     ) -> None:
+        """`stop` ends the run before its next update, with a checkpoint to go on from."""
         self._config = config
         self._stack = stack
         self._checkpoints = checkpoints
         self._watchdog = watchdog
         self._report = report
+        self._stop = asyncio.Event() if stop is None else stop
         self._prompts = PromptSet(config.tasks, "train", config.seed)
         self._evaluated = state.evaluated
         self.buffer = Buffer(
@@ -100,7 +103,7 @@ class Loop:
         self._counts: Counter[str] = Counter()
 
     async def run(self) -> Path:
-        """To the last update; the checkpoint at the end.
+        """To the last update, or the last before `stop`; the checkpoint at the end.
 
         Raises `TrainerLost`, `ParityError`, `Diverged`, and `PartLost` for a generator that is lost again and again.
         """
@@ -155,7 +158,9 @@ class Loop:
         while self._version < self._config.updates:
             began = self._clock()
             with self._watchdog.phase("wait for groups", *self._generator_names):
-                groups = await self.buffer.take()
+                groups = await self._groups()
+            if groups is None:
+                break
             batch = Batch(update=self._version, version=self._version, groups=groups)
             num_waiting = self.buffer.num_finished
             waited = self._clock()
@@ -178,6 +183,22 @@ class Loop:
             if self._version % self._config.checkpoint_every == 0 or self._version == self._config.updates:
                 await publication
                 checkpoint_s = self._clock() - updated - phases.publish_wait_s + await self._save()
+        if self._version < self._config.updates:
+            if publication is not None:
+                await publication
+            await self._save()
+
+    async def _groups(self) -> tuple[Group, ...] | None:
+        """Those of the next update; None, and the groups stay where they are, when the run is to stop."""
+        if self._stop.is_set():
+            return None
+        take, stop = asyncio.create_task(self.buffer.take()), asyncio.create_task(self._stop.wait())
+        try:
+            await asyncio.wait((take, stop), return_when=asyncio.FIRST_COMPLETED)
+            return take.result() if take.done() else None
+        finally:
+            take.cancel()
+            stop.cancel()
 
     async def _update(self, batch: Batch) -> TrainMetrics:
         with self._busy.trainer(), self._watchdog.phase("update", "trainer"):

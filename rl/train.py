@@ -5,6 +5,7 @@ RunConfig -> open_stack -> Loop (from the newest checkpoint, again when the trai
 <folder>/config.json, checkpoints/, metrics.jsonl, evaluations.jsonl, tensorboard/, stacks/ (of stuck phases)
 """
 
+import asyncio
 import json
 import os
 import tempfile
@@ -36,9 +37,10 @@ class RunRefused(ValueError):
 
 
 class RunResult(Frozen):
-    """A run that is done."""
+    """A run that is done, or was told to stop."""
 
     updates: int
+    """Fewer than the config's for a run that was told to stop."""
     checkpoint: str
     """Folder of the last checkpoint; the trainer's files are in its `trainer`."""
     ledger: Ledger
@@ -55,11 +57,12 @@ async def train(
     resume: bool = False,
     report: Report = _silent,
     *,
+    stop: asyncio.Event | None = None,
     open_stack: OpenStack = seam.open_stack,
 ) -> RunResult:
     """Run `config` in `folder` to its last update, and report every event after it is written down.
 
-    With `resume` the run goes on from the newest checkpoint in the folder, if there is one. Raises `RunRefused`,
+    Once `stop` is set, the run ends before its next update with a checkpoint, and can be resumed. With `resume` the run goes on from the newest checkpoint in the folder, if there is one. Raises `RunRefused`,
     `ParityError`, `Diverged`, and `TrainerLost` or `PartLost` for a part that is lost again and again.
     """
     base = Path(folder)
@@ -74,7 +77,7 @@ async def train(
     watchdog = Watchdog(config.stuck_after_s, lambda stuck: log(_notice(base, stuck)), base / "stacks")
     try:
         async with open_stack(config, "" if newest is None else trainer_folder(newest)) as stack:
-            final = await _run(config, stack, checkpoints, watchdog, log)
+            final = await _run(config, stack, checkpoints, watchdog, log, stop)
     finally:
         await watchdog.close()
         log.close()
@@ -83,7 +86,14 @@ async def train(
     return RunResult(updates=state.update, checkpoint=str(final), ledger=state.ledger, tokens=state.tokens)
 
 
-async def _run(config: RunConfig, stack: Stack, checkpoints: Checkpoints, watchdog: Watchdog, log: RunLog) -> Path:
+async def _run(
+    config: RunConfig,
+    stack: Stack,
+    checkpoints: Checkpoints,
+    watchdog: Watchdog,
+    log: RunLog,
+    stop: asyncio.Event | None,
+) -> Path:
     """The loop, again from the newest checkpoint for every trainer that was lost."""
     losses, before = 0, -1
     lost_tokens: int | None = None
@@ -93,7 +103,7 @@ async def _run(config: RunConfig, stack: Stack, checkpoints: Checkpoints, watchd
         if lost_tokens is not None:
             state = _rolled_back(state, lost_tokens)
             log.rewind(state.update, state.evaluated)
-        loop = Loop(config, stack, state, checkpoints, watchdog, log)
+        loop = Loop(config, stack, state, checkpoints, watchdog, log, stop)
         try:
             return await loop.run()
         except TrainerLost as lost:

@@ -45,6 +45,7 @@ class Run:
         self.config = config(**settings)
         self._folder, self._script = folder, script
         self.events: list[RunEvent] = []
+        self.stop: asyncio.Event | None = None
         self.stack: ScriptedStack
         self.result: RunResult
 
@@ -68,7 +69,12 @@ class Run:
         clock = asyncio.get_running_loop().time
         began = clock()
         self.result = await train(
-            self.config, str(self._folder), resume=True, report=self.events.append, open_stack=open_stack
+            self.config,
+            str(self._folder),
+            resume=True,
+            report=self.events.append,
+            stop=self.stop,
+            open_stack=open_stack,
         )
         return clock() - began
 
@@ -292,6 +298,24 @@ def test_an_update_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
 
     with pytest.raises(Diverged, match="update 2: the loss is `nan`"):
         run_virtually(train(config(), str(tmp_path), open_stack=open_stack))
+
+
+def test_a_run_that_is_told_to_stop_goes_on_later_with_the_same_ledger(tmp_path: Path) -> None:
+    whole, halves = Run(tmp_path / "whole"), Run(tmp_path / "halves")
+    run_virtually(whole.go())
+
+    async def first_half() -> None:
+        halves.stop = asyncio.Event()
+        later(9.3, halves.stop.set)
+        await halves.go()
+
+    run_virtually(first_half())
+    assert 0 < halves.result.updates < 12
+    assert len(halves.updates) == halves.result.updates
+    halves.stop = None
+    run_virtually(halves.go())
+    assert [update.train.update for update in halves.updates] == list(range(12))
+    assert halves.result.ledger == whole.result.ledger
 
 
 def test_a_stuck_phase_is_reported_and_waited_for(tmp_path: Path) -> None:
