@@ -158,22 +158,20 @@ class RayGenerators:
         self.living: list[RayGenerator] = []
 
     async def open(self) -> None:
-        """All of them, with the model's own weights; then a spare."""
-        self.living = list(await gather(self._opened(number) for number in range(self._config.num_generators)))
+        """All of them, with the model's own weights; nobody waits for the spare."""
         self._prepare_spare()
+        self.living = list(await gather(self._opened(number) for number in range(self._config.num_generators)))
 
     async def replace(self, number: int, version: int) -> None:
         """Make the spare generator `number`, or a process that begins now where the spare is gone too."""
         self._forget(self.living[number].host)
-        spare, self._spare = self._spare, None
         try:
-            host = None if spare is None else await spare
-            self.living[number] = await self._opened(number, version, host)
+            spare = await self._taken_spare()
+            self.living[number] = await self._opened(number, version, spare)
         except PartLost:
-            if spare is None:
-                raise
             self.living[number] = await self._opened(number, version)
-        self._prepare_spare()
+        finally:
+            self._prepare_spare()
 
     async def close(self) -> None:
         """End all processes."""
@@ -187,6 +185,18 @@ class RayGenerators:
         host = host or await self._prepared()
         await host.begin("open_generator", self._config, number, self._model, self._weights, version)
         return RayGenerator(host)
+
+    async def _taken_spare(self) -> HostActor | None:
+        """The spare, once it is ready; None where there is none. Raises `PartLost`."""
+        spare = self._spare
+        if spare is None:
+            return None
+        # Whoever waits may be cancelled, and another one wait for it then.
+        await asyncio.wait([spare])
+        if self._spare is not spare:
+            return await self._taken_spare()
+        self._spare = None
+        return spare.result()
 
     async def _prepared(self) -> HostActor:
         host = HostActor(self._config, "generator", f"{self._name}-{next(self._numbers)}")
@@ -280,4 +290,5 @@ async def open_stack(config: RunConfig, folder: str = "") -> AsyncIterator[RaySt
 def _how(gone: Exception) -> str:
     """What Ray knows of the death of an actor, in one line."""
     text = " ".join(str(gone).split())
-    return text.partition("The actor is dead because")[2].strip() or text
+    text = text.partition("The actor is dead because")[2].strip() or text
+    return text.partition(" Some common causes include")[0]

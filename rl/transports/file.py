@@ -1,6 +1,7 @@
 """Weights through safetensors files in a folder that trainer and generators share: one file per version, by rename.
 
 A file is never changed, so a read is never torn; the oldest ones are removed, and a reader that has one open keeps it.
+Newer ones are removed too: they are of a trainer that was lost, and whose successor goes on from an older version.
 """
 
 import asyncio
@@ -55,6 +56,9 @@ class Writer:
 
         assert self._header is not None
         path = self._folder / f"{self._header.version:012d}{_SUFFIX}"
+        for abandoned in _versions(self._folder):
+            if int(abandoned.stem) > self._header.version:
+                abandoned.unlink(missing_ok=True)
         temporary = path.with_suffix(".partial")
         save_file(self._manifest.views(self._buffer), temporary, {"header": self._header.model_dump_json()})
         temporary.replace(path)
@@ -88,7 +92,7 @@ class Reader:
                     header = Header.model_validate_json(file.metadata()["header"])
                     tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
             except FileNotFoundError:
-                # Overtaken between the listing and the opening; each time by a newer version.
+                # Overtaken between the listing and the opening, each time by another version.
                 continue
             return Pulled(header, tensors, sum(tensor.nbytes for tensor in tensors.values()))
 

@@ -14,8 +14,10 @@ from typing import Any
 import numpy
 import ray
 import torch
+from ray.exceptions import ObjectLostError
 from torch import Tensor
 
+from rl.stack import PartLost
 from rl.weights import NUM_SLOTS, Header, Manifest, Pulled, WeightsMissing, WeightStoreHandle
 
 _TIMEOUT_S = 60.0
@@ -67,7 +69,7 @@ class Writer:
 
     async def push(self) -> int:
         """Put it into the store and tell the actor."""
-        reference = ray.put(self._buffer.numpy())
+        reference = await asyncio.to_thread(ray.put, self._buffer.numpy())
         call = self._mailbox.put.remote(self._header, self._manifest, [reference])
         await _within_limit(call)
         return self._manifest.num_bytes
@@ -84,13 +86,16 @@ class Reader:
         self._held: Any = None
 
     async def pull(self, version: int) -> Pulled:
-        """Map the newest version; it is copied only from another node."""
+        """Map the newest version; it is copied only from another node. Raises `PartLost` where its trainer is lost."""
         found = await _within_limit(_mailbox(self._handle).newest.remote())
         if found is None or found[0].version < version:
             has = f"version {found[0].version}" if found else "no weights yet"
             raise WeightsMissing(f"store `{self._handle.place}` has {has}, wanted {version} or newer")
         header, manifest, (reference,) = found
-        array: numpy.ndarray[Any, Any] = await _within_limit(reference)
+        try:
+            array: numpy.ndarray[Any, Any] = await _within_limit(reference)
+        except ObjectLostError:
+            raise PartLost(f"version {header.version} is gone with the trainer that put it there") from None
         self._held = array
         return Pulled(header, manifest.views(_as_tensor(array)), manifest.num_bytes)
 
