@@ -8,6 +8,7 @@ their framework. Light: imports neither.
 """
 
 import asyncio
+import inspect
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
@@ -260,7 +261,7 @@ class ReplicaPool:
     async def _started(self) -> Replica:
         """A new replica that is ready."""
         self._num_started += 1
-        replica = await self._host.start(f"{self._name}-{self._num_started}")
+        replica = await self._host.start(f"{self._name}_{self._num_started}")
         try:
             async with asyncio.timeout(self._settings.ready_timeout_s):
                 await replica.call("ready")
@@ -293,12 +294,95 @@ class WorkerCalls:
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker()
+        self._running: dict[str, asyncio.Task[Any]] = {}
 
-    async def call(self, method: str, arguments: tuple[Any, ...]) -> Any:
-        """What the method returns; `ready` and `ping` need not be there."""
+    async def call(self, call_id: str, method: str, arguments: tuple[Any, ...]) -> Any:
+        """What the method returns, None when it was cancelled; `ready` and `ping` need not be there."""
         found = getattr(self._worker, method, None)
         if found is None and method in ("ready", "ping"):
             return None
         if found is None:
             raise AttributeError(f"`{type(self._worker).__name__}` has no `{method}`")
-        return await found(*arguments)
+        result = found(*arguments)
+        if not inspect.isawaitable(result):
+            return result
+        task = self._running[call_id] = asyncio.ensure_future(result)
+        try:
+            await asyncio.wait([task])
+            return None if task.cancelled() else task.result()
+        finally:
+            self._running.pop(call_id).cancel()
+
+    def cancel(self, call_id: str) -> None:
+        """Nobody waits for this call any more."""
+        if call_id in self._running:
+            self._running[call_id].cancel()
+
+
+class Service:
+    """A service, for whoever found it; picklable, and the same over every framework."""
+
+    def __init__(self, name: str, pool: Replica) -> None:
+        self.name = name
+        self._pool = pool
+
+    async def call(self, method: str, *arguments: Any, timeout_s: float = 60.0, most_attempts: int = 3) -> Any:
+        """What the least loaded replica returns or raises; of another where it was lost. A method that may not run
+        twice has `most_attempts` 1.
+
+        Raises `ReplicaLost` when all attempts were, `NoReplica`, and TimeoutError: the replica is then not chosen
+        again before `check_health` found it well.
+        """
+        attempt = 1
+        while True:
+            replica, index = await self.get_replica(timeout_s)
+            try:
+                async with asyncio.timeout(timeout_s):
+                    return await replica.call(method, *arguments)
+            except ReplicaLost:
+                await self.replace(replica)
+                if attempt == most_attempts:
+                    raise
+                attempt += 1
+            except TimeoutError:
+                await self.mark_unhealthy(index)
+                raise
+            finally:
+                await self.release(replica, index)
+
+    async def get_replica(self, timeout_s: float = 60.0) -> tuple[Replica, int]:
+        """The least loaded healthy replica and its index, to be given back by `release`. Raises `NoReplica`."""
+        found: tuple[Replica, int] = await self._pool.call("get_replica", timeout_s)
+        return found
+
+    async def release(self, replica: Replica, index: int) -> None:
+        """A call on it is done."""
+        await self._pool.call("release", replica, index)
+
+    async def replica_at(self, index: int, timeout_s: float = 60.0) -> Replica:
+        """The replica in one place, once it is healthy. Raises `NoReplica`."""
+        found: Replica = await self._pool.call("replica_at", index, timeout_s)
+        return found
+
+    async def replace(self, replica: Replica) -> bool:
+        """End it where it still runs, and fill its place; False where that was begun already."""
+        begun: bool = await self._pool.call("lost", replica.name)
+        return begun
+
+    async def mark_unhealthy(self, index: int) -> None:
+        """Choose it no more, until it is marked healthy or found so."""
+        await self._pool.call("mark_unhealthy", index)
+
+    async def mark_healthy(self, index: int) -> None:
+        """Choose it again."""
+        await self._pool.call("mark_healthy", index)
+
+    async def check_health(self) -> ServiceHealth:
+        """Ask every replica; those that do not answer are replaced."""
+        found: ServiceHealth = await self._pool.call("check_health")
+        return found
+
+    async def health(self) -> ServiceHealth:
+        """As the service knows it now."""
+        found: ServiceHealth = await self._pool.call("health")
+        return found

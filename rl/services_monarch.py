@@ -1,75 +1,86 @@
 """Services over Monarch: the pool is an actor that owns its replicas' processes, and so hears when one dies.
 
-    client --Service (actor in this process)--> spawn_procs --> Process (actor) --> worker
-                 ^-- __supervise__(MeshFailure) --'
+    open_service -> ServiceActor (in this process) -> spawn_procs -> Process (actor) -> worker
+                         '-- __supervise__(MeshFailure), one poll after a process died
 
-Whoever starts one calls `prepare_client` first.
+Discovery is an actor too (`ServiceRegistry`), which any process of the mesh reaches: `get_service(name)`.
 """
 
 import asyncio
 import os
 import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
-from rl.services import (
-    Replica,
-    ReplicaLost,
-    ReplicaPool,
-    ServiceHealth,
-    ServiceSettings,
-    Worker,
-    WorkerCalls,
-)
+from rl.services import Replica, ReplicaLost, ReplicaPool, Service, ServiceSettings, Worker, WorkerCalls
 
-POLL_VARIABLE = "HYPERACTOR_MESH_SUPERVISION_POLL_FREQUENCY"
-_POLL = "300ms"
-"""How often Monarch looks for processes that died; it says so one poll later at most."""
-os.environ.setdefault(POLL_VARIABLE, _POLL)
+# How often Monarch looks whether processes live; it reads the variable when it is imported.
+os.environ.setdefault("HYPERACTOR_MESH_SUPERVISION_POLL_FREQUENCY", "300ms")
 
-from monarch.actor import (  # noqa: E402 - Monarch reads the variable when it is loaded
+import psutil
+from monarch._rust_bindings.monarch_hyperactor.supervision import SupervisionError
+from monarch.actor import (
     Actor,
     ActorError,
     MeshFailure,
     concurrent_endpoint,
-    context,
     default_bootstrap_cmd,
+    endpoint,
     get_or_spawn_controller,
     this_host,
     this_proc,
 )
-from monarch._rust_bindings.monarch_hyperactor.supervision import SupervisionError  # noqa: E402
 
-_CONTROL_TIMEOUT_S = 60.0
-_STOP_TIMEOUT_S = 10.0
+_STOP_TIMEOUT_S = 15.0
+_REGISTRY = "service_registry"
 
 
 class Process(Actor):  # type: ignore[misc]  # Monarch has no types
-    """The one actor of a replica's process. A single endpoint, so a worker's method may have any name."""
+    """The actor of a replica. One endpoint for all methods, so a worker may name and mix them as it likes."""
 
     def __init__(self, worker: Worker) -> None:
         self._calls = WorkerCalls(worker)
 
     @concurrent_endpoint  # type: ignore[untyped-decorator]
-    async def invoke(self, method: str, arguments: tuple[Any, ...]) -> Any:
+    async def invoke(self, call_id: str, method: str, arguments: tuple[Any, ...]) -> Any:
         """Call the worker."""
-        return await self._calls.call(method, arguments)
+        return await self._calls.call(call_id, method, arguments)
+
+    @concurrent_endpoint  # type: ignore[untyped-decorator]
+    async def pid(self) -> int:
+        """Of this process, on its host."""
+        return os.getpid()
+
+    @concurrent_endpoint  # type: ignore[untyped-decorator]
+    async def forget(self, call_id: str) -> None:
+        """Cancel a call."""
+        self._calls.cancel(call_id)
 
 
 class MonarchReplica:
-    """Reference to a replica, from any process of the mesh."""
+    """Reference to an actor of this kind, from any process of the mesh."""
 
     def __init__(self, name: str, actor: Any) -> None:
         self.name = name
         self._actor = actor
 
     async def call(self, method: str, *arguments: Any) -> Any:
-        """What the worker's method returns or raises. Raises `ReplicaLost`."""
+        """What the worker's method returns or raises; a task that is cancelled ends it there too.
+
+        Raises `ReplicaLost`.
+        """
+        call_id = uuid.uuid4().hex
         try:
-            return await _done(self._actor.invoke.call_one(method, arguments))
+            return await self._actor.invoke.call_one(call_id, method, arguments)
+        except asyncio.CancelledError:
+            with suppress(SupervisionError):
+                self._actor.forget.broadcast(call_id)
+            raise
         except ActorError as error:
             raise error.exception from None
         except SupervisionError as error:
-            raise ReplicaLost(f"`{self.name}` is gone: {_first_line(error)}") from None
+            raise ReplicaLost(f"`{self.name}` is gone: {str(error).splitlines()[-1].strip()}") from None
 
 
 class _Host:
@@ -78,37 +89,106 @@ class _Host:
     def __init__(self, worker: Worker, settings: ServiceSettings) -> None:
         self._worker = worker
         self._settings = settings
-        self._processes: dict[str, Any] = {}
+        self._started: dict[str, tuple[Any, psutil.Process]] = {}
 
     async def start(self, name: str) -> Replica:
         command = default_bootstrap_cmd().with_env(self._settings.environment)
-        processes = this_host().spawn_procs(
-            per_host={"procs": 1}, name=f"{mesh_name(name)}procs", bootstrap_command=command
-        )
-        self._processes[name] = processes
-        return MonarchReplica(name, processes.spawn(mesh_name(name), Process, self._worker))
+        processes = this_host().spawn_procs(per_host={"procs": 1}, name=f"{name}_procs", bootstrap_command=command)
+        actor = processes.spawn(name, Process, self._worker)
+        self._started[name] = processes, psutil.Process(await actor.pid.call_one())
+        return MonarchReplica(name, actor)
 
     async def stop(self, replica: Replica) -> None:
-        processes = self._processes.pop(replica.name, None)
-        if processes is not None:
+        if replica.name in self._started:
+            processes, process = self._started.pop(replica.name)
+            # Monarch would wait for a worker that is in the middle of something, or that hangs.
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
             async with asyncio.timeout(_STOP_TIMEOUT_S):
-                await _done(processes.stop())
+                await processes.stop()
 
 
-class Service(Actor):  # type: ignore[misc]
-    """A pool of replicas; the actor that others find by name."""
+class ServiceActor(Process):
+    """A pool of replicas, and their supervisor."""
 
     def __init__(self, name: str, worker: Worker, settings: ServiceSettings) -> None:
         self._pool = ReplicaPool(name, _Host(worker, settings), settings)
-        self._names: dict[str, str] = {}
-
-    @concurrent_endpoint  # type: ignore[untyped-decorator]
-    async def invoke(self, method: str, arguments: tuple[Any, ...]) -> Any:
-        """Call the pool."""
-        found = getattr(self._pool, method)(*arguments)
-        return await found if asyncio.iscoroutine(found) else found
+        super().__init__(lambda: self._pool)
 
     async def __supervise__(self, failure: MeshFailure) -> bool:
-        """A process died. Every one that may die is a replica, so nothing goes on to the client."""
-        self._pool.lost(replica_name(failure.mesh_name))
+        """A process died. All that this actor started are replicas, so nothing of it concerns the client."""
+        # A mesh is named after the replica, with something behind it.
+        self._pool.lost(failure.mesh_name.rpartition("-")[0])
         return True
+
+
+class ServiceRegistry(Actor):  # type: ignore[misc]
+    """Services by name."""
+
+    def __init__(self) -> None:
+        self._services: dict[str, Service] = {}
+
+    @endpoint  # type: ignore[untyped-decorator]
+    async def register(self, service: Service) -> None:
+        """Let others find it. Raises ValueError where the name is taken."""
+        if service.name in self._services:
+            raise ValueError(f"there is a service `{service.name}` already")
+        self._services[service.name] = service
+
+    @endpoint  # type: ignore[untyped-decorator]
+    async def unregister(self, name: str) -> None:
+        """Nobody finds it any more."""
+        self._services.pop(name, None)
+
+    @endpoint  # type: ignore[untyped-decorator]
+    async def get(self, name: str) -> Service | None:
+        """The service of this name."""
+        return self._services.get(name)
+
+    @endpoint  # type: ignore[untyped-decorator]
+    async def list_services(self) -> list[str]:
+        """The names of all."""
+        return sorted(self._services)
+
+
+@asynccontextmanager
+async def open_service(name: str, worker: Worker, settings: ServiceSettings) -> AsyncIterator[Service]:
+    """A service whose replicas run on this host, found by its name until it is closed.
+
+    Raises ValueError where the name is taken or no identifier, and what the start of a worker raised.
+    """
+    if not name.isidentifier():
+        raise ValueError(f"`{name}` is no name for a service\n\nhint: letters, digits and underscores")
+    actor = this_proc().spawn(name, ServiceActor, name, worker, settings)
+    pool = MonarchReplica(name, actor)
+    service = Service(name, pool)
+    registry = await _registry()
+    try:
+        await registry.register.call_one(service)
+    except ActorError as error:
+        raise error.exception from None
+    try:
+        await pool.call("open")
+        yield service
+    finally:
+        await registry.unregister.call_one(name)
+        await pool.call("close")
+        await actor.stop()
+
+
+async def get_service(name: str) -> Service:
+    """The service of this name, from any process of the mesh. Raises KeyError."""
+    found: Service | None = await (await _registry()).get.call_one(name)
+    if found is None:
+        raise KeyError(f"there is no service `{name}`, but {', '.join(await list_services()) or 'none at all'}")
+    return found
+
+
+async def list_services() -> list[str]:
+    """The names of all services."""
+    names: list[str] = await (await _registry()).list_services.call_one()
+    return names
+
+
+async def _registry() -> Any:
+    return await get_or_spawn_controller(_REGISTRY, ServiceRegistry)
