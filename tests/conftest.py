@@ -560,3 +560,17 @@ def run_locally(local_dispatch: Any, step_request: Callable[..., Any]) -> Callab
         return await handle.wait(lambda progress: None)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def quick_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with `tiny` after seconds of warm start: it answers some questions of `simple`, and so can learn."""
+    from rl.tiny import make_tiny
+    from rl.types import Task
+    from rl.warm_start import WarmStart
+
+    lessons = ((Task(name="simple"), 300),)
+    folder = tmp_path_factory.mktemp("models") / "quick"
+    recipe = WarmStart(lessons=lessons, haste=0.5, steps=90, batch_size=16, learning_rate=2e-3, warmup_steps=5)
+    make_tiny(folder, 0, recipe)
+    return str(folder)
