@@ -7,18 +7,20 @@ Discovery is an actor too (`ServiceRegistry`), which any process of the mesh rea
 """
 
 import asyncio
+import logging
 import os
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 
 from rl.services import Replica, ReplicaLost, ReplicaPool, Service, ServiceSettings, Worker, WorkerCalls
 
-# How often Monarch looks whether processes live; it reads the variable when it is imported.
+# How often Monarch looks whether processes live. It reads the variable when it is imported, so this module comes first.
 os.environ.setdefault("HYPERACTOR_MESH_SUPERVISION_POLL_FREQUENCY", "300ms")
 
 import psutil
+from monarch import actor
 from monarch._rust_bindings.monarch_hyperactor.supervision import SupervisionError
 from monarch.actor import (
     Actor,
@@ -94,9 +96,9 @@ class _Host:
     async def start(self, name: str) -> Replica:
         command = default_bootstrap_cmd().with_env(self._settings.environment)
         processes = this_host().spawn_procs(per_host={"procs": 1}, name=f"{name}_procs", bootstrap_command=command)
-        actor = processes.spawn(name, Process, self._worker)
-        self._started[name] = processes, psutil.Process(await actor.pid.call_one())
-        return MonarchReplica(name, actor)
+        mesh = processes.spawn(name, Process, self._worker)
+        self._started[name] = processes, psutil.Process(await mesh.pid.call_one())
+        return MonarchReplica(name, mesh)
 
     async def stop(self, replica: Replica) -> None:
         if replica.name in self._started:
@@ -159,8 +161,8 @@ async def open_service(name: str, worker: Worker, settings: ServiceSettings) -> 
     """
     if not name.isidentifier():
         raise ValueError(f"`{name}` is no name for a service\n\nhint: letters, digits and underscores")
-    actor = this_proc().spawn(name, ServiceActor, name, worker, settings)
-    pool = MonarchReplica(name, actor)
+    mesh = this_proc().spawn(name, ServiceActor, name, worker, settings)
+    pool = MonarchReplica(name, mesh)
     service = Service(name, pool)
     registry = await _registry()
     try:
@@ -173,7 +175,23 @@ async def open_service(name: str, worker: Worker, settings: ServiceSettings) -> 
     finally:
         await registry.unregister.call_one(name)
         await pool.call("close")
-        await actor.stop()
+        await mesh.stop()
+
+
+@contextmanager
+def faults_are_data() -> Iterator[None]:
+    """A process that dies shows in the calls to it. Monarch by itself would interrupt this process's main thread for
+    one that no supervisor answers for."""
+
+    def note(failure: MeshFailure) -> None:
+        logging.getLogger(__name__).warning("Monarch lost `%s`: %s", failure.mesh_name, failure.report())
+
+    before = actor.unhandled_fault_hook
+    actor.unhandled_fault_hook = note
+    try:
+        yield
+    finally:
+        actor.unhandled_fault_hook = before
 
 
 async def get_service(name: str) -> Service:
