@@ -1,6 +1,6 @@
 """What a training run is, as data. Light: imports no torch, ray, monarch or vllm."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -52,14 +52,20 @@ class RunConfig(Frozen):
     """One training run."""
 
     stack: StackName = "local"
+    """What hosts trainer and generators."""
     model: str = "tiny"
     """`tiny`, `smollm2`, a folder, or an id of the Hugging Face hub."""
     tasks: Annotated[list[Task], Field(min_length=1)] = [Task(name="simple")]
+    """What is learned; the tasks take turns."""
     updates: Annotated[int, Field(ge=1)] = 100
+    """Optimizer steps in all."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Of the prompts, the sampling, and the model `tiny`."""
 
     groups_per_update: Annotated[int, Field(ge=1)] = 8
+    """Prompts of one update."""
     group_size: Annotated[int, Field(ge=1)] = 8
+    """Conversations about one prompt, which are each other's baseline."""
     max_staleness: Annotated[int, Field(ge=0)] = 2
     """Versions that the weights may advance while a group is sampled and waits; 0 is synchronous."""
     stale_policy: Literal["pace", "drop"] = "pace"
@@ -67,24 +73,41 @@ class RunConfig(Frozen):
     filter_zero_variance: bool = True
     """Leave out groups whose rewards are all equal, and sample others in their place."""
     rollout: RolloutSettings = RolloutSettings()
+    """Where the model is `tiny`, `prompt_style` is `brief` by default: it was made on such prompts."""
 
     engine: EngineConfig = EngineConfig()
+    """What samples the conversations."""
     learner: LearnerConfig = LearnerConfig()
+    """What learns from them."""
     num_generators: Annotated[int, Field(ge=1)] = 1
+    """Engines that sample at once."""
     groups_in_flight: Annotated[int, Field(ge=1)] = 8
     """Most groups that one generator samples at a time."""
     transport: TransportName | None = None
     """How weights travel; by default what suits the stack."""
     generator_gpus: Annotated[float, Field(ge=0)] = 0
+    """GPUs of each generator."""
     trainer_gpus: Annotated[float, Field(ge=0)] = 0
+    """GPUs of the trainer, one for each of its processes."""
 
     checkpoint_every: Annotated[int, Field(ge=1)] = 20
     """Updates between checkpoints."""
     evaluate_every: Annotated[int, Field(ge=0)] = 0
     """Updates between evaluations on held-out prompts; 0 evaluates at the end alone."""
     evaluation_prompts: Annotated[int, Field(ge=1)] = 100
+    """Held-out prompts of one evaluation."""
     stuck_after_s: Annotated[float, Field(gt=0)] = 300.0
     """A phase that takes longer is reported by the watchdog, with the stacks of the processes concerned."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _brief_for_tiny(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("model", "tiny") != "tiny":
+            return given
+        rollout = given.get("rollout", {})
+        if not isinstance(rollout, dict):
+            return given
+        return {**given, "rollout": {"prompt_style": "brief", **rollout}}
 
     @model_validator(mode="after")
     def _lengths_agree(self) -> Self:

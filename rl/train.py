@@ -62,8 +62,9 @@ async def train(
 ) -> RunResult:
     """Run `config` in `folder` to its last update, and report every event after it is written down.
 
-    Once `stop` is set, the run ends before its next update with a checkpoint, and can be resumed. With `resume` the run goes on from the newest checkpoint in the folder, if there is one. Raises `RunRefused`,
-    `ParityError`, `Diverged`, and `TrainerLost` or `PartLost` for a part that is lost again and again.
+    Once `stop` is set, the run ends before its next update with a checkpoint, and can be resumed. With `resume` the run
+    goes on from the newest checkpoint in the folder, if there is one. Raises `RunRefused`, `ParityError`, `Diverged`,
+    and `TrainerLost` or `PartLost` for a part that is lost again and again.
     """
     base = Path(folder)
     checkpoints = Checkpoints(base)

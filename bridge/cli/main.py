@@ -25,6 +25,7 @@ GROUPS = {
     "bridge.cli.secret": ("secret", "key"),
     "bridge.cli.container": ("container",),
     "bridge.cli.spack": ("spack",),
+    "bridge.cli.rl": ("rl",),
 }
 """Module -> the commands in its `COMMANDS`, in the order of `--help`."""
 

@@ -1,0 +1,21 @@
+"""`orchestrate rl`: reinforcement learning. See `rl_train`, `rl_eval` and `rl_model`."""
+
+import click
+
+from bridge.cli.rl_eval import evaluate
+from bridge.cli.rl_model import model
+from bridge.cli.rl_train import train
+
+
+@click.group()
+def rl() -> None:
+    """Train language models by asynchronous RL on multi-step tool use, and measure them.
+
+    The tasks are `simple`, `compositional` (easy, medium, hard), `multi_step` and `recursive`.
+    """
+
+
+for command in (train, evaluate, model):
+    rl.add_command(command)
+
+COMMANDS = (rl,)
