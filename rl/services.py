@@ -108,7 +108,7 @@ class ReplicaPool:
         self._host = host
         self._settings = settings
         self._places = [_Place() for _ in range(settings.num_replicas)]
-        self._spares: list[Replica] = []
+        self._spares: list[asyncio.Task[Replica]] = []
         self._changed = asyncio.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
         self._next = 0
@@ -117,20 +117,22 @@ class ReplicaPool:
         self._closed = False
 
     async def open(self) -> None:
-        """Start every replica, and the spares behind them. Raises what a worker's start raised."""
-        replicas = await asyncio.gather(*(self._started() for _ in self._places))
+        """Start every replica, and the spares beside them. Raises what a worker's start raised."""
+        starting = asyncio.gather(*(self._started() for _ in self._places))
+        self._add_spares()
+        replicas = await starting
         for place, replica in zip(self._places, replicas, strict=True):
             await self._fill(place, replica)
-        for _ in range(self._settings.num_spares):
-            self._begin(self._add_spare())
 
     async def close(self) -> None:
         """End every process."""
         self._closed = True
-        for task in self._tasks:
+        tasks = [*self._tasks, *self._spares]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        replicas = [place.replica for place in self._places if place.replica is not None] + self._spares
+        await asyncio.gather(*tasks, return_exceptions=True)
+        replicas = [place.replica for place in self._places if place.replica is not None]
+        replicas += [spare.result() for spare in self._spares if _is_ready(spare)]
         await asyncio.gather(*(self._host.stop(replica) for replica in replicas), return_exceptions=True)
 
     async def get_replica(self, timeout_s: float = 60.0) -> tuple[Replica, int]:
@@ -208,7 +210,7 @@ class ReplicaPool:
             unhealthy=tuple(index for index in range(len(self._places)) if index not in healthy),
             num_calls=tuple(place.num_calls for place in self._places),
             num_respawns=self._num_respawns,
-            num_spares=len(self._spares),
+            num_spares=sum(map(_is_ready, self._spares)),
         )
 
     def lost(self, name: str) -> bool:
@@ -219,10 +221,10 @@ class ReplicaPool:
         if self._closed:
             return False
         for spare in self._spares:
-            if spare.name == name:
+            if _is_ready(spare) and spare.result().name == name:
                 self._spares.remove(spare)
-                self._begin(self._end(spare))
-                self._begin(self._add_spare())
+                self._begin(self._end(spare.result()))
+                self._add_spares()
                 return True
         for place in self._places:
             if place.replica is not None and place.replica.name == name:
@@ -241,22 +243,22 @@ class ReplicaPool:
                 exponent = min(place.num_losses - 2, 32)
                 await asyncio.sleep(min(self._settings.backoff_s * 2**exponent, self._settings.longest_backoff_s))
             try:
-                if self._spares:
-                    replica = self._spares.pop()
-                    self._begin(self._add_spare())
-                else:
-                    replica = await self._started()
+                # One that is still getting ready began earlier than another one would.
+                replica = await (self._spares.pop(0) if self._spares else self._started())
             except Exception:
                 place.num_losses += 1
             else:
                 self._num_respawns += 1
                 await self._fill(place, replica)
+                self._add_spares()
                 return
 
-    async def _add_spare(self) -> None:
-        # One that does not start is no loss: a place that needs it starts its own.
-        with suppress(Exception):
-            self._spares.append(await self._started())
+    def _add_spares(self) -> None:
+        for _ in range(self._settings.num_spares - len(self._spares)):
+            spare = asyncio.get_running_loop().create_task(self._started())
+            # One that does not start is found out when it is wanted.
+            spare.add_done_callback(lambda done: done.cancelled() or done.exception())
+            self._spares.append(spare)
 
     async def _started(self) -> Replica:
         """A new replica that is ready."""
@@ -287,6 +289,10 @@ class ReplicaPool:
     @property
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
+
+
+def _is_ready(spare: asyncio.Task[Replica]) -> bool:
+    return spare.done() and not spare.cancelled() and spare.exception() is None
 
 
 class WorkerCalls:
