@@ -565,12 +565,18 @@ def run_locally(local_dispatch: Any, step_request: Callable[..., Any]) -> Callab
 @pytest.fixture(scope="session")
 def quick_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with `tiny` after seconds of warm start: it answers some questions of `simple`, and so can learn."""
+    import torch
+
     from rl.tiny import make_tiny
     from rl.types import Task
     from rl.warm_start import WarmStart
 
+    threads = torch.get_num_threads()
     lessons = ((Task(name="simple"), 300),)
     folder = tmp_path_factory.mktemp("models") / "quick"
     recipe = WarmStart(lessons=lessons, haste=0.5, steps=90, batch_size=16, learning_rate=2e-3, warmup_steps=5)
+    # Two threads that wait for each other by spinning take many times as long on a busy machine.
+    torch.set_num_threads(1)
     make_tiny(folder, 0, recipe)
+    torch.set_num_threads(threads)
     return str(folder)

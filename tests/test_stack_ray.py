@@ -40,6 +40,26 @@ result = asyncio.run(train(config, str(folder), report=report))
 print(json.dumps({"event": "result", **json.loads(result.model_dump_json())}))
 """
 
+FAIL = """
+import asyncio, os, sys
+from pathlib import Path
+import psutil
+from rl.config import RunConfig
+from rl.stack import open_stack
+
+async def main():
+    async with open_stack(RunConfig.model_validate_json(sys.argv[1]), sys.argv[2]):
+        print("open")
+
+try:
+    asyncio.run(main())
+except OSError as error:
+    print(type(error).__name__)
+psutil.wait_procs(psutil.Process().children(recursive=True), timeout=30)
+print([process.cmdline() for process in psutil.Process().children(recursive=True)])
+print([str(path) for path in Path("/dev/shm").glob(f"orchestrate-weights-{os.getuid()}-{os.getpid()}-*")])
+"""
+
 
 def _config(model: str, **settings: Any) -> RunConfig:
     return RunConfig(
@@ -60,16 +80,22 @@ def _engine(reproducible: bool = False) -> EngineConfig:
 
 def _run(config: RunConfig, folder: Path, kills: list[tuple[int, str]], **environment: str) -> list[dict[str, Any]]:
     """The events of a run, and its result as the last one."""
+    said = _output(RUN, config.model_dump_json(), str(folder), json.dumps(kills), **environment)
+    return [json.loads(line) for line in said if line.startswith("{")]
+
+
+def _output(script: str, *arguments: str, **environment: str) -> list[str]:
+    """Lines of a process that does not know of this one's Ray and vLLM."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "OMP_"))}
     ran = subprocess.run(
-        [sys.executable, "-c", RUN, config.model_dump_json(), str(folder), json.dumps(kills)],
+        [sys.executable, "-c", script, *arguments],
         env={**inherited, **environment},
         capture_output=True,
         text=True,
         timeout=600,
     )
     assert ran.returncode == 0, ran.stderr[-4000:]
-    return [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
+    return ran.stdout.splitlines()
 
 
 def _of(events: list[dict[str, Any]], event: str) -> list[dict[str, Any]]:
@@ -113,6 +139,12 @@ def test_a_run_outlives_a_generator_and_its_trainer(quick_model: str, tmp_path: 
     processes = [path.read_text().splitlines() for path in (tmp_path / "run/stacks").glob("*.process")]
     assert len(processes) == 4
     assert not [pid for _, _, pid, began in processes if _is_alive(int(pid), float(began))]
+
+
+def test_what_was_opened_is_ended_when_the_rest_cannot_be(quick_model: str, tmp_path: Path) -> None:
+    config = _config(quick_model, stack="ray", engine=EngineConfig(name="hf", max_model_tokens=256))
+    said = _output(FAIL, config.model_dump_json(), str(tmp_path / "nowhere"))
+    assert said == ["OSError", "[]", "[]"]
 
 
 def _is_alive(pid: int, began: float) -> bool:
