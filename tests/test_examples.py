@@ -195,6 +195,17 @@ def test_language_model_answers(orchestrate: Orchestrate, folder: Path) -> None:
     shutil.rmtree(folder / "output/smollm2")
 
 
+def test_a_model_learns_and_goes_on_learning(orchestrate: Orchestrate, folder: Path) -> None:
+    for updates in (2, 4):
+        done = orchestrate("rl_train.yaml", "-p", f"updates={updates}", "--json", timeout_s=600)
+        outputs = succeeded(done)["steps"]["train"]["outputs"]
+        assert outputs["updates"] == updates
+        assert outputs["accuracy_interval"]["low"] <= outputs["accuracy"] <= outputs["accuracy_interval"]["high"]
+        assert Path(outputs["model"], "model.safetensors").is_file()
+    lines = (folder / "output/rl_train/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["train"]["update"] for line in lines] == [0, 1, 2, 3]
+
+
 def python(folder: Path, environment: dict[str, str], script: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, script],

@@ -6,6 +6,7 @@ MODEL -> folder -> engine -> converse -> EvaluationReport -> table, --json, --pl
 import asyncio
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -164,6 +165,8 @@ async def _converse(
     from rl.engine_environment import set_engine_environment
 
     set_engine_environment(config, gpus)
+    # Of what vLLM does with other packages.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     from rl.models import load_tokenizer
 
     tokenizer = await asyncio.to_thread(load_tokenizer, folder)

@@ -5,6 +5,7 @@ import json
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any, get_args
 
@@ -144,6 +145,8 @@ async def _run(config: RunConfig, folder: Path, resume: bool, view: TrainingView
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, interrupt)
+    # Of what vLLM does with other packages.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     try:
         await _prepare(config, view)
         view.note(f"run in `{folder}`")
