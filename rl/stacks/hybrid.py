@@ -47,16 +47,21 @@ async def open_stack(config: RunConfig, folder: str = "") -> AsyncIterator[Hybri
     if config.transport in ("ray_objects", "monarch_rdma"):
         raise ValueError(
             f"`transport` is `{config.transport}`, which one half of stack `hybrid` cannot reach\n\n"
-            "hint: `shared_memory` on one host, `file` on a folder that all machines see"
+            "hint: `shared_memory` on one host; `file`, and TMPDIR in a folder that all machines see, on several"
         )
-    from rl.services_monarch import faults_are_data
-
     with connected(config.num_generators * config.generator_gpus):
-        if not is_one_host() and config.transport != "file":
-            raise ValueError("the Ray cluster has other machines than this one\n\nhint: `transport: file`")
+        together = is_one_host()
+        if not together and config.transport != "file":
+            raise ValueError(
+                "the Ray cluster has other machines than this one, wanted `transport` `file`\n\n"
+                "hint: set TMPDIR to a folder that all machines see"
+            )
+        from rl.services_monarch import faults_are_data
+
         model = await asyncio.to_thread(model_folder, config)
         with faults_are_data(), weight_store(config.transport or "shared_memory") as weights:
-            generators = RayGenerators(config, model, weights)
+            # On other machines each generator finds the model by its name.
+            generators = RayGenerators(config, model if together else "", weights)
             async with open_trainers(config, model, weights, folder) as trainers:
                 try:
                     await generators.open()
