@@ -25,6 +25,9 @@ _open_or_closed: dict[int, tuple[Any, bool]] = {}
 """The engines of this process, and whether each is open. They share vLLM's process groups, which end with the first
 engine that is shut down, so all are shut down when the last is closed."""
 _lock = threading.Lock()
+_one_forward_pass = threading.Lock()
+"""vLLM keeps the context of a forward pass, and the config of an engine that is being made, once for the process: two
+engines at the same time would compute with each other's."""
 
 _BLOCK_TOKENS = 32
 """Keys and values are cached and shared in pieces of so many tokens."""
@@ -78,22 +81,23 @@ class VllmDriver:
         self._turns: dict[str, _Turn | None] = {}
         """By the engine's name of the request; None for one to be scored."""
         on_cpu: dict[str, Any] = {"kv_cache_memory_bytes": int(config.cache_gb * 2**30), "block_size": _BLOCK_TOKENS}
-        self._engine = LLMEngine.from_engine_args(
-            EngineArgs(
-                model=model_folder,
-                skip_tokenizer_init=True,
-                dtype="auto" if gpus else "float32",
-                max_model_len=config.max_model_tokens,
-                tensor_parallel_size=max(1, int(gpus)),
-                enforce_eager=not gpus,
-                # A step's tokens are here when the step ends, so it is known which weights they came from.
-                async_scheduling=False,
-                enable_prefix_caching=not config.reproducible,
-                logprobs_mode="processed_logprobs",
-                disable_log_stats=True,
-                **({} if gpus else on_cpu),
+        with _one_forward_pass:
+            self._engine = LLMEngine.from_engine_args(
+                EngineArgs(
+                    model=model_folder,
+                    skip_tokenizer_init=True,
+                    dtype="auto" if gpus else "float32",
+                    max_model_len=config.max_model_tokens,
+                    tensor_parallel_size=max(1, int(gpus)),
+                    enforce_eager=not gpus,
+                    # A step's tokens are here when the step ends, so it is known which weights they came from.
+                    async_scheduling=False,
+                    enable_prefix_caching=not config.reproducible,
+                    logprobs_mode="processed_logprobs",
+                    disable_log_stats=True,
+                    **({} if gpus else on_cpu),
+                )
             )
-        )
         with _lock:
             _open_or_closed[id(self._engine)] = (self._engine, True)
 
@@ -146,7 +150,9 @@ class VllmDriver:
     def step(self, between: Callable[[], bool]) -> None:
         """One token for each running request."""
         over = []
-        for output in self._engine.step():
+        with _one_forward_pass:
+            outputs = self._engine.step()
+        for output in outputs:
             name = output.request_id
             if name not in self._turns:
                 continue
@@ -170,7 +176,8 @@ class VllmDriver:
 
     def swap(self, tensors: "Mapping[str, torch.Tensor]", version: int) -> None:
         """Copy other weights in."""
-        self._engine.collective_rpc(reload, args=(dict(tensors), self.repack))
+        with _one_forward_pass:
+            self._engine.collective_rpc(reload, args=(dict(tensors), self.repack))
         if self._config.kv_policy == "recompute":
             self._engine.reset_prefix_cache(reset_running_requests=True)
         self.version = version
