@@ -181,8 +181,14 @@ class EngineThread:
         with self._wake:
             self._wake.wait_for(lambda: self._inbox or self._closing or not wait)
             commands, self._inbox = self._inbox, []
-        for command, _ in commands:
-            command()
+        try:
+            while commands:
+                command, _ = commands.pop(0)
+                command()
+        finally:
+            # What came in with a command that fails is refused with the rest.
+            with self._wake:
+                self._inbox[:0] = commands
         return not self._closing
 
     def _add(self, key: int, request: Request, answer: Future[Any]) -> None:
