@@ -8,6 +8,7 @@ together, so the samples of a group begin in one step.
 """
 
 import asyncio
+import gc
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -86,6 +87,9 @@ class EngineThread:
     async def open(cls, driver: Callable[[Deliver], Driver], name: str) -> Self:
         """Start the thread and wait until its engine is open; raises what opening it raised."""
         engine = cls(name)
+        # vLLM collects garbage when it closes, in the engine's thread. What others have left in this process by now,
+        # such as a client that waits for its own threads when it goes, must not be collected there.
+        gc.collect()
         opened: Future[None] = Future()
         engine._thread = threading.Thread(target=engine._run, args=(driver, opened), name=name, daemon=True)
         engine._thread.start()
@@ -177,8 +181,14 @@ class EngineThread:
         with self._wake:
             self._wake.wait_for(lambda: self._inbox or self._closing or not wait)
             commands, self._inbox = self._inbox, []
-        for command, _ in commands:
-            command()
+        try:
+            while commands:
+                command, _ = commands.pop(0)
+                command()
+        finally:
+            # What came in with a command that fails is refused with the rest.
+            with self._wake:
+                self._inbox[:0] = commands
         return not self._closing
 
     def _add(self, key: int, request: Request, answer: Future[Any]) -> None:
