@@ -1,4 +1,4 @@
-"""The only `ray.init` of the project.
+"""The only `ray.init` of plans; the stacks of `rl` connect by `rl.ray_cluster`.
 
     host:port        the head's control service, for a machine that runs a Ray node itself
     ray://host:port  the head's client server, for every other machine: one connection out, nothing listens here
