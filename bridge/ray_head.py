@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bridge import leftovers
 from bridge.state import State, StateError, private_dir, write_private
 
 HOST = "127.0.0.2"
@@ -158,4 +157,6 @@ def make_dashboard_yield(ray_pid: int) -> bool:
 
 def kill_leftovers(state: State) -> None:
     """Kill what a Ray that has ended left running: it carries our marker and the priority only Ray is given."""
+    from bridge import leftovers
+
     leftovers.kill_carrying(state, "RAY_worker_niceness=0")

@@ -86,6 +86,8 @@ def _connect(address: str, token_file: Path | None) -> None:
     _set_environment(token_file)
     import ray
 
+    if not ray.is_initialized() and token_file is not None:
+        _read_token_anew()
     # `ray.init` would try a wrong token for 20 s.
     if not _is_let_in(address):
         raise ClusterAuthError(_token_refused(address, token_file))
@@ -103,6 +105,14 @@ def _connect(address: str, token_file: Path | None) -> None:
         ) from error
 
     _connected.append(address)
+
+
+def _read_token_anew() -> None:
+    """Ray keeps the mode and the token it found first, also when it was imported before we set them."""
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _is_let_in(address: str) -> bool:
