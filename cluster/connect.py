@@ -109,7 +109,8 @@ def _connect(address: str, token_file: Path | None) -> None:
 
 def _read_token_anew() -> None:
     """Ray keeps the mode and the token it found first, also when it was imported before we set them."""
-    from ray._raylet import AuthenticationTokenLoader, Config
+    # The stub of Ray leaves these two out.
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
