@@ -11,6 +11,8 @@ from rl.types import Frozen, Task
 StackName = Literal["local", "ray", "monarch", "hybrid", "scripted"]
 EngineName = Literal["vllm", "hf"]
 TransportName = Literal["shared_memory", "ray_objects", "monarch_rdma", "file"]
+Cores = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+"""Numbers of a machine's cores."""
 
 
 class EngineConfig(Frozen):
@@ -24,6 +26,9 @@ class EngineConfig(Frozen):
     cache_gb: Annotated[float, Field(gt=0)] = 1.0
     """Memory for keys and values."""
     num_threads: Annotated[int, Field(ge=1)] = 1
+    cores: list[Cores] | None = None
+    """Cores that the generators compute on: generator n takes the entry n, and they begin again behind the last; by
+    default none is pinned."""
     reproducible: bool = False
     """Sample one group at a time, turn by turn, so that the same group by the same weights is the same to the bit,
     whatever else is sampled; slower."""
@@ -44,6 +49,8 @@ class LearnerConfig(Frozen):
     num_processes: Annotated[int, Field(ge=1)] = 1
     """Data-parallel processes."""
     num_threads: Annotated[int, Field(ge=1)] = 1
+    cores: Cores | None = None
+    """Cores that all processes of the learner compute on; by default none is pinned."""
     fully_sharded: bool = False
     """FSDP2, for models that one process cannot hold."""
 

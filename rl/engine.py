@@ -14,6 +14,7 @@ from pydantic import Field
 
 from rl.config import EngineConfig
 from rl.generate import GenerateRequest, Sample
+from rl.pinning import pin
 from rl.tokenizer import Tokenizer
 from rl.types import Frozen
 
@@ -77,12 +78,20 @@ class EngineClosed(Exception):
 
 
 async def open_engine(
-    config: EngineConfig, model_folder: str, tokenizer: Tokenizer, *, version: int = 0, gpus: float = 0
+    config: EngineConfig,
+    model_folder: str,
+    tokenizer: Tokenizer,
+    *,
+    version: int = 0,
+    gpus: float = 0,
+    number: int = 0,
 ) -> Engine:
-    """An engine with the weights of a model folder, which count as `version`."""
+    """An engine with the weights of a model folder, which count as `version`; `number` is its generator's."""
     from rl.engine_thread import Deliver, Driver, EngineThread
 
     def driver(deliver: Deliver) -> Driver:
+        # In the engine's own thread, before it starts others.
+        pin(config.cores and config.cores[number % len(config.cores)])
         if config.name == "hf":
             from rl.engine_hf import HfDriver
 

@@ -28,7 +28,7 @@ class _Turn:
         import torch
 
         self.request = request
-        self.rule = StopRule(tokenizer, request.stop_pattern)
+        self.rule = None if request.to_the_end else StopRule(tokenizer, request.stop_pattern)
         self.generator = torch.Generator().manual_seed(request.seed)
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
@@ -153,7 +153,8 @@ class HfDriver:
             turn.token_ids.append(token)
             turn.logprobs.append(float(logprobs[token]))
             turn.versions.append(self.version)
-            stopped = turn.rule.over(token) or token == self._tokenizer.eos_token_id
+            rule = turn.rule
+            stopped = rule is not None and (rule.over(token) or token == self._tokenizer.eos_token_id)
             length = len(turn.request.token_ids) + len(turn.token_ids)
             full = len(turn.token_ids) >= turn.request.max_tokens or length >= self._config.max_model_tokens
             if stopped or full:

@@ -37,7 +37,7 @@ class _Turn:
     """A request that runs."""
 
     def __init__(self, request: GenerateRequest, tokenizer: Tokenizer) -> None:
-        self.rule = StopRule(tokenizer, request.stop_pattern)
+        self.rule = None if request.to_the_end else StopRule(tokenizer, request.stop_pattern)
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
         self.versions: list[int] = []
@@ -47,7 +47,7 @@ class _Turn:
         self.token_ids.append(token)
         self.logprobs.append(logprob)
         self.versions.append(version)
-        return self.rule.over(token)
+        return self.rule is not None and self.rule.over(token)
 
     def sample(self, finish: Finish) -> Sample:
         return Sample(
@@ -123,7 +123,8 @@ class VllmDriver:
                 temperature=request.temperature,
                 seed=request.seed,
                 max_tokens=request.max_tokens,
-                stop_token_ids=[self._tokenizer.eos_token_id],
+                stop_token_ids=[] if request.to_the_end else [self._tokenizer.eos_token_id],
+                ignore_eos=request.to_the_end,
                 logprobs=0,
                 detokenize=False,
                 output_kind=RequestOutputKind.DELTA,

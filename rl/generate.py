@@ -26,6 +26,8 @@ class GenerateRequest(Frozen):
     stop_pattern: str
     """A regular expression on the turn's text. Where it first matches, the turn is over. An engine that goes on
     beyond that point wastes time, but does no harm: `cut_at_stop` takes the rest away."""
+    to_the_end: bool = False
+    """Nothing ends the turn before `max_tokens`, neither the pattern nor the end-of-turn token."""
 
 
 class Sample(Frozen):

@@ -7,6 +7,7 @@ Nothing heavy is imported before `open`.
 
 import asyncio
 import json
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,7 @@ class GeneratorHost:
             self._tokenizer,
             version=version if self._handle is None else 0,
             gpus=self._config.generator_gpus,
+            number=self._number,
         )
         if self._handle is not None:
             self._reader = open_reader(self._handle)
@@ -99,6 +101,10 @@ class GeneratorHost:
             pause_s=swapped.pause_s,
             parity=parity,
         )
+
+    async def ping(self) -> int:
+        """Nothing but the number of this process."""
+        return os.getpid()
 
     async def close(self) -> None:
         """End the engine and leave the store, as far as they were opened."""

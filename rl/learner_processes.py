@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rl.config import RunConfig
+from rl.pinning import pin
 from rl.stack import PartLost
 from rl.types import Frozen
 
@@ -173,6 +174,7 @@ def open_learner(start: LearnerStart) -> "tuple[Learner, Any]":
     from rl.collective import Collective
     from rl.learner import Learner
 
+    pin(start.config.learner.cores)
     torch.set_num_threads(start.config.learner.num_threads)
     size, gpus = start.config.learner.num_processes, start.config.trainer_gpus > 0
     collective = Collective(start.rank, size, start.meeting_file, gpus=gpus)

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from rl.gather import gather
 from rl.generate import Finish, Generate, GenerateRequest, Sample, cut_at_stop
+from rl.lengths import LengthTail
 from rl.scoring import score
 from rl.system_prompts import PromptStyle, messages
 from rl.tokenizer import Tokenizer, encode_messages
@@ -33,6 +34,9 @@ class RolloutSettings(Frozen):
     """Of the whole conversation, prompt and tool results included: at most what the model can read."""
     temperature: float = Field(1.0, ge=0)
     prompt_style: PromptStyle = "guided"
+    lengths: LengthTail | None = None
+    """For measurements: every conversation is one turn of a length that is known beforehand, whatever the model writes;
+    by default the model ends its turns itself."""
     turn_timeout_s: float = Field(600.0, gt=0)
     """An engine that has not answered by then is given up: TimeoutError."""
 
@@ -66,12 +70,20 @@ class _Rollout:
     """One conversation on its way."""
 
     def __init__(
-        self, generate: Generate, tokenizer: Tokenizer, task: Zorplex, prompt: Prompt, settings: RolloutSettings
+        self,
+        generate: Generate,
+        tokenizer: Tokenizer,
+        task: Zorplex,
+        prompt: Prompt,
+        settings: RolloutSettings,
+        length: int | None = None,
     ) -> None:
+        """`length` is the number of tokens to sample, in one turn, where it is known beforehand."""
         self._generate = generate
         self._tokenizer = tokenizer
         self._task = task
         self._settings = settings
+        self._length = length
         self.tape = _Tape(encode_messages(tokenizer, messages(prompt, settings.prompt_style)))
         self.turns: list[Turn] = []
         self.num_discarded = 0
@@ -89,6 +101,8 @@ class _Rollout:
             ended = self._hear(sample)
             if ended is not None:
                 return ended
+            if self._length is not None:
+                return "max_tokens"
             if len(self.turns) == self._settings.max_turns:
                 return "max_turns"
             results = render_results([call.result for call in self.turns[-1].tool_calls])
@@ -105,13 +119,16 @@ class _Rollout:
     async def _turn(self, seed: str) -> Sample:
         request = GenerateRequest(
             token_ids=tuple(self.tape.token_ids),
-            max_tokens=min(self._room, self._settings.max_tokens_per_turn),
+            max_tokens=min(self._room, self._length or self._settings.max_tokens_per_turn),
             temperature=self._settings.temperature,
             seed=int.from_bytes(hashlib.sha256(seed.encode()).digest()[:4]),
             stop_pattern=STOP_PATTERN,
+            to_the_end=self._length is not None,
         )
         async with asyncio.timeout(self._settings.turn_timeout_s):
             sample = await self._generate(request)
+        if request.to_the_end:
+            return sample
         kept = cut_at_stop(self._tokenizer, sample, STOP_PATTERN)
         self.num_discarded += len(sample.token_ids) - len(kept.token_ids)
         return kept
@@ -145,7 +162,8 @@ async def rollout(
     Raises ValueError for a prompt that leaves no room to answer, TimeoutError for an engine that does not answer.
     """
     task = open_task(prompt.task, prompt.table_seed)
-    conversation = _Rollout(generate, tokenizer, task, prompt, settings)
+    length = None if settings.lengths is None else settings.lengths.length(seed, group_id, sample)
+    conversation = _Rollout(generate, tokenizer, task, prompt, settings, length)
     stop_reason = await conversation.run(f"{seed}/{group_id}/{sample}")
     judged = score(task, prompt, conversation.turns, stop_reason)
     tape = conversation.tape

@@ -7,6 +7,7 @@ Nothing heavy is imported before `open`.
 """
 
 import asyncio
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -68,6 +69,10 @@ class TrainerHost:
             num_bytes = await self._writer.push()
             push_s = time.perf_counter() - started
         return Published(version=version, num_bytes=num_bytes, snapshot_s=snapshot_s, push_s=push_s)
+
+    async def ping(self) -> int:
+        """Nothing but the number of this process."""
+        return os.getpid()
 
     async def save(self, folder: str) -> None:
         """Model, optimizer and random state as files in `folder`, which exists. Raises `PartLost`."""

@@ -241,7 +241,7 @@ class Recovery(Frozen):
     back_s: float
     """From the kill until the role was there again."""
     samples_lost: int
-    """Groups that were asked for and neither trained on, nor dropped, nor filtered, nor kept; 0 unless work vanished."""
+    """Groups asked for and neither trained on, nor dropped, nor filtered, nor kept; 0 unless work vanished."""
     samples_doubled: int
     """Groups trained on twice in the final ledger."""
     repeated_updates: int

@@ -55,6 +55,11 @@ class HostedPart:
     def __init__(self, replica: Replica) -> None:
         self.replica = replica
 
+    async def ping(self) -> int:
+        """A call without work; the number of its process."""
+        process: int = await self._ask("ping")
+        return process
+
     async def _ask(self, method: str, *arguments: Any) -> Any:
         return await _ask(self.replica, "call", method, *arguments)
 

@@ -122,6 +122,11 @@ class RayTrainer:
         published: Published = await self.host.ask("call", "publish")
         return published
 
+    async def ping(self) -> int:
+        """A call without work; the number of its process."""
+        process: int = await self.host.ask("call", "ping")
+        return process
+
     async def save(self, folder: str) -> None:
         """Into a folder that the trainer's machine sees too."""
         await self.host.ask("call", "save", str(Path(folder).absolute()))
@@ -142,6 +147,11 @@ class RayGenerator:
         """Go on with other weights."""
         loaded: Loaded = await self.host.ask("call", "load", version)
         return loaded
+
+    async def ping(self) -> int:
+        """A call without work; the number of its process."""
+        process: int = await self.host.ask("call", "ping")
+        return process
 
 
 class RayGenerators:
