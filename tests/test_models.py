@@ -13,7 +13,7 @@ from rl.prompts import split_of
 from rl.tiny import make_tiny, new_tiny, tiny_name
 from rl.tokenizer import TinyTokenizer
 from rl.types import Task
-from rl.warm_start import WarmStart, oracle_traces, warm_start
+from rl.warm_start import WarmStart, in_columns, oracle_traces, warm_start
 
 SHORT = WarmStart(
     lessons=((Task(name="simple"), 40), (Task(name="recursive"), 10)),
@@ -106,6 +106,27 @@ def test_traces_are_of_the_training_split_and_some_are_of_an_oracle_in_haste() -
     assert all(trace.failure_mode == "success" for trace in patient)
     assert 0.2 < len(patient) / len(traces) < 0.8
     assert traces == oracle_traces(TinyTokenizer(), 5, SHORT)
+
+
+@pytest.mark.parametrize(
+    ("said", "taught"),
+    [
+        ("67 + 58 = 125. [ANSWER] 125", "7 + 8 = 15, 6 + 5 + 1 = 12. [ANSWER] 125"),
+        ("4 + 5 = 9. [ANSWER] 9", "4 + 5 = 9, 0 + 0 + 0 = 0. [ANSWER] 9"),
+        ("9 - 12 = -3. [ANSWER] -3", "9 - 12 = -3. [ANSWER] -3"),
+        ("1 + 2 + 3 = 6. [ANSWER] 6", "1 + 2 + 3 = 6. [ANSWER] 6"),
+        ("LOOKUP[cat]", "LOOKUP[cat]"),
+    ],
+)
+def test_sums_of_two_are_taught_in_columns(said: str, taught: str) -> None:
+    assert in_columns(said) == taught
+
+
+def test_answers_in_columns_are_right() -> None:
+    recipe = SHORT.model_copy(update={"lessons": ((Task(name="compositional"), 40),), "haste": 0.0})
+    traces = oracle_traces(TinyTokenizer(), 3, recipe)
+    assert {trace.failure_mode for trace in traces} == {"success"}
+    assert all(trace.turns[-1].text.count(" = ") == 2 for trace in traces)
 
 
 def test_another_recipe_is_another_model() -> None:
