@@ -4,12 +4,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from rl.emulation import EngineEmulation, LearnerEmulation
 from rl.loss_settings import LossSettings
 from rl.rollout import RolloutSettings
 from rl.types import Frozen, Task
 
 StackName = Literal["local", "ray", "monarch", "hybrid", "scripted"]
 EngineName = Literal["vllm", "hf"]
+"""Engines that have a model."""
 TransportName = Literal["shared_memory", "ray_objects", "monarch_rdma", "file"]
 Cores = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 """Numbers of a machine's cores."""
@@ -18,7 +20,7 @@ Cores = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 class EngineConfig(Frozen):
     """What samples."""
 
-    name: EngineName = "vllm"
+    name: EngineName | Literal["emulated"] = "vllm"
     kv_policy: Literal["keep", "recompute"] = "keep"
     """What running requests do with keys and values of older weights."""
     max_model_tokens: Annotated[int, Field(ge=16)] = 2048
@@ -34,6 +36,14 @@ class EngineConfig(Frozen):
     whatever else is sampled; slower."""
     parity_limit: Annotated[float, Field(gt=0)] = 1e-4
     """Largest difference of log-probabilities, in nats, between trainer and engine after a change of weights (fp32)."""
+    emulation: EngineEmulation | None = None
+    """For measurements, with the engine `emulated`: how long a device would take, which is slept."""
+
+    @model_validator(mode="after")
+    def _emulated_as_a_whole(self) -> Self:
+        if (self.name == "emulated") != (self.emulation is not None):
+            raise ValueError("the engine `emulated` and the setting `engine.emulation` belong together")
+        return self
 
 
 class LearnerConfig(Frozen):
@@ -53,6 +63,8 @@ class LearnerConfig(Frozen):
     """Cores that all processes of the learner compute on; by default none is pinned."""
     fully_sharded: bool = False
     """FSDP2, for models that one process cannot hold."""
+    emulation: LearnerEmulation | None = None
+    """For measurements, with the engine `emulated`: how long a device would take, which is slept."""
 
 
 class RunConfig(Frozen):
@@ -122,6 +134,15 @@ class RunConfig(Frozen):
             raise ValueError(
                 f"`rollout.max_tokens` is {self.rollout.max_tokens}, more than the {self.engine.max_model_tokens} "
                 "of `engine.max_model_tokens`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _emulated_on_both_sides(self) -> Self:
+        if (self.engine.emulation is None) != (self.learner.emulation is None):
+            raise ValueError(
+                "`engine.emulation` and `learner.emulation` belong together: neither a model nor an engine can do "
+                "anything with the other's emulation"
             )
         return self
 

@@ -87,11 +87,15 @@ async def open_engine(
     number: int = 0,
 ) -> Engine:
     """An engine with the weights of a model folder, which count as `version`; `number` is its generator's."""
+    if config.emulation is not None:
+        from rl.engine_emulated import EmulatedEngine
+
+        return EmulatedEngine(config, config.emulation, tokenizer, version)
     from rl.engine_thread import Deliver, Driver, EngineThread
 
     def driver(deliver: Deliver) -> Driver:
         # In the engine's own thread, before it starts others.
-        pin(config.cores and config.cores[number % len(config.cores)])
+        pin(config.cores[number % len(config.cores)] if config.cores else None)
         if config.name == "hf":
             from rl.engine_hf import HfDriver
 

@@ -7,6 +7,7 @@ Nothing heavy is imported before `open`.
 
 import asyncio
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -89,8 +90,10 @@ class GeneratorHost:
             pull_s = time.perf_counter() - started
             try:
                 swapped = await self._engine.swap(self._own, header.version)
-                limit = self._config.engine.parity_limit
-                parity = await check_parity(self._engine, header, self._vocabulary_size, limit)
+                parity = math.nan
+                if self._config.engine.emulation is None:
+                    limit = self._config.engine.parity_limit
+                    parity = await check_parity(self._engine, header, self._vocabulary_size, limit)
             except EngineClosed as closed:
                 raise PartLost(f"generator {self._number}: {closed}") from closed
         return Loaded(

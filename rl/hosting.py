@@ -105,7 +105,9 @@ class Host:
 
 
 def _import(config: RunConfig, kind: Kind) -> None:
-    if kind == "trainer":
+    if config.engine.emulation is not None:
+        modules = ["rl.learner_emulated", "rl.trainer"] if kind == "trainer" else ["rl.engine_emulated", "rl.weights"]
+    elif kind == "trainer":
         modules = ["rl.learner", "rl.trainer"]
     elif config.engine.name == "vllm":
         modules = ["vllm", "vllm.v1.engine.llm_engine", "rl.engine_vllm", "rl.weights"]

@@ -25,6 +25,7 @@ from rl.types import Frozen
 
 if TYPE_CHECKING:
     from rl.learner import Learner
+    from rl.learner_emulated import EmulatedLearner
 
 _START_TIMEOUT_S = 300.0
 _ANSWER_TIMEOUT_S = 1800.0
@@ -67,7 +68,7 @@ class LearnerProcesses:
             raise
 
     @property
-    def first(self) -> "Learner":
+    def first(self) -> "Learner | EmulatedLearner":
         """The learner in this process."""
         return self._learner
 
@@ -167,18 +168,23 @@ class _Child:
         return f"{self._name} (pid {self._process.pid}) ended with code {code}"
 
 
-def open_learner(start: LearnerStart) -> "tuple[Learner, Any]":
+def open_learner(start: LearnerStart) -> "tuple[Learner | EmulatedLearner, Any]":
     """This process's part, and its end of what the parts add up; all processes call it at the same time."""
     import torch
 
     from rl.collective import Collective
-    from rl.learner import Learner
 
     pin(start.config.learner.cores)
     torch.set_num_threads(start.config.learner.num_threads)
     size, gpus = start.config.learner.num_processes, start.config.trainer_gpus > 0
     collective = Collective(start.rank, size, start.meeting_file, gpus=gpus)
     try:
+        if (emulation := start.config.learner.emulation) is not None:
+            from rl.learner_emulated import EmulatedLearner
+
+            return EmulatedLearner(emulation, start.folder, collective), collective
+        from rl.learner import Learner
+
         return Learner(start.config, start.model_folder, start.folder, collective), collective
     except BaseException:
         collective.close()

@@ -56,7 +56,8 @@ class UpdateRecord(Frozen):
     generated_tokens_per_s: float
     weights_bytes: int
     parity: float
-    """Largest difference of log-probabilities between trainer and any generator, in nats."""
+    """Largest difference of log-probabilities between trainer and any generator, in nats; not a number where both are
+    emulated, as the numbers of `train` that only a model can say."""
     staleness: tuple[int, ...]
     """[groups] versions between the trainer's weights and the oldest that sampled the group."""
     versions_per_trajectory: float

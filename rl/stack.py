@@ -55,7 +55,8 @@ class Loaded(Frozen):
     pause_s: float
     """The longest time in which the engine sampled no token because of it."""
     parity: float
-    """Largest difference of log-probabilities between trainer and engine on a fresh sample; in nats."""
+    """Largest difference of log-probabilities between trainer and engine on a fresh sample; in nats. Not a number where
+    there is nothing to compare: emulated parts have no model."""
 
 
 class PartLost(Exception):
