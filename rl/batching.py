@@ -30,6 +30,8 @@ class MicroBatch:
     advantages: Tensor
     weights: Tensor
     """Of every token in the loss of the whole batch."""
+    fresh: Tensor
+    """True for tokens of a group that was sampled by the weights of now."""
 
     @property
     def num_tokens(self) -> int:
@@ -48,6 +50,7 @@ class _Row:
     behaviour: Tensor
     advantages: Tensor
     weights: Tensor
+    fresh: Tensor
 
 
 def micro_batches(batch: Batch, settings: LossSettings, max_tokens: int, num_parts: int = 1) -> list[list[MicroBatch]]:
@@ -69,6 +72,7 @@ def micro_batches(batch: Batch, settings: LossSettings, max_tokens: int, num_par
 def _rows(batch: Batch, settings: LossSettings) -> list[_Row]:
     trajectories = batch.trajectories
     scores = torch.cat([advantages(settings.advantage, rewards_of(group)) for group in batch.groups])
+    fresh = [age == 0 for group, age in zip(batch.groups, batch.staleness, strict=True) for _ in group.trajectories]
     masks = [torch.tensor(trajectory.loss_mask) for trajectory in trajectories]
     for mask in masks:
         # Nothing predicts the first token.
@@ -81,6 +85,7 @@ def _rows(batch: Batch, settings: LossSettings) -> list[_Row]:
             behaviour=torch.tensor(trajectory.logprobs, dtype=torch.float32),
             advantages=scores[number].expand(len(mask)),
             weights=weights[number, : len(mask)],
+            fresh=torch.full_like(mask, fresh[number]),
         )
         for number, (trajectory, mask) in enumerate(zip(trajectories, masks, strict=True))
         if mask.any()

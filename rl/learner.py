@@ -23,13 +23,14 @@ from rl.collective import Collective
 from rl.config import RunConfig
 from rl.loss import entropy, selected_logprobs
 from rl.models import load_model, load_tokenizer, save_model
-from rl.objective import Tokens, statistics, token_losses, token_sums
+from rl.objective import Tokens, mismatch, mismatch_sums, statistics, token_losses, token_sums
 from rl.token_model import TokenModel
 from rl.types import Batch, TrainMetrics
 from rl.weights import Manifest, probe_tokens
 
 STATE_FILE = "learner.pt"
 _NUM_SUMS = 7
+_NUM_MISMATCH_SUMS = 4
 
 
 class Learner:
@@ -151,13 +152,18 @@ class Learner:
         return TokenModel(model)
 
     def _gradients(self, batch: Batch) -> Tensor:
-        """[8] the loss and the sums of `token_sums`, over all processes; gradients likewise, in the parameters."""
+        """[18] the loss, the sums of `token_sums` and those of `mismatch_sums` of fresh and of stale tokens, over all
+        processes, then the largest differences of fresh and stale; gradients likewise, in the parameters."""
         size, rank = self._collective.size, self._collective.rank
         parts = micro_batches(batch, self._config.loss, self._config.micro_batch_tokens, size)
-        totals = torch.zeros(1 + _NUM_SUMS, dtype=torch.float64)
+        totals = torch.zeros(1 + _NUM_SUMS + 2 * _NUM_MISMATCH_SUMS, dtype=torch.float64)
+        # Each process has a row of its own, so that what is only added up keeps the largest too.
+        largest = torch.zeros(size, 2, dtype=torch.float64)
         for turn in zip_longest(*parts):
             if turn[rank] is not None:
-                totals += self._backward(turn[rank].to(self._device)).cpu()
+                sums, differences = self._backward(turn[rank].to(self._device))
+                totals += sums.cpu()
+                largest[rank] = torch.maximum(largest[rank], differences.cpu())
             elif self._sharded:
                 # Who has nothing left to do lends its share of the weights to the others.
                 self._backward(next(micro for micro in turn if micro is not None).to(self._device), scale=0.0)
@@ -166,10 +172,11 @@ class Learner:
                 parameter.grad = torch.zeros_like(parameter)
         if size > 1 and not self._sharded:
             self._add_up_gradients()
-        return self._collective.add_up(totals)
+        added = self._collective.add_up(torch.cat([totals, largest.flatten()]))
+        return torch.cat([added[: len(totals)], added[len(totals) :].view(size, 2).amax(0)])
 
-    def _backward(self, micro: MicroBatch, scale: float = 1.0) -> Tensor:
-        """[8] the loss and the sums of one micro-batch."""
+    def _backward(self, micro: MicroBatch, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        """[16] the loss and the sums of one micro-batch, [2] its largest differences."""
         wanted = micro.mask
         token_ids = micro.token_ids[wanted]
         logits = self._policy.logits(micro.token_ids, wanted)
@@ -187,7 +194,10 @@ class Learner:
         torch.autograd.backward(loss * (scale * self._collective.size if self._sharded else 1.0))
         with torch.no_grad():
             sums = token_sums(self._config.loss, tokens, entropy(logits, self._temperature))
-        return torch.cat([loss.detach().double()[None], sums])
+        fresh, largest_fresh = mismatch_sums(tokens, micro.fresh[wanted])
+        stale, largest_stale = mismatch_sums(tokens, ~micro.fresh[wanted])
+        added = torch.cat([loss.detach().double()[None], sums, fresh, stale])
+        return added, torch.cat([largest_fresh, largest_stale])
 
     def _reference_logprobs(self, micro: MicroBatch, token_ids: Tensor) -> Tensor | None:
         if self._reference is None:
@@ -215,7 +225,8 @@ class Learner:
     def _metrics(
         self, batch: Batch, totals: Tensor, norm: float, learning_rate: float, duration_s: float
     ) -> TrainMetrics:
-        about = statistics(totals[1:])
+        fresh_at, stale_at = 1 + _NUM_SUMS, 1 + _NUM_SUMS + _NUM_MISMATCH_SUMS
+        about = statistics(totals[1:fresh_at])
         trajectories = batch.trajectories
         count = len(trajectories)
         staleness = batch.staleness
@@ -238,5 +249,7 @@ class Learner:
             clip_fraction=about.clip_fraction,
             entropy=about.entropy,
             reference_kl=about.reference_kl,
+            fresh=mismatch(totals[fresh_at:stale_at], totals[-2].item()),
+            stale=mismatch(totals[stale_at:-2], totals[-1].item()),
             duration_s=duration_s,
         )

@@ -13,7 +13,7 @@ from torch import Tensor
 from rl import loss
 from rl.advantages import group_normalised, leave_one_out
 from rl.loss_settings import AdvantageName, LossSettings
-from rl.types import Frozen
+from rl.types import Frozen, Mismatch
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,32 @@ def statistics(sums: Tensor) -> TokenStatistics:
         clip_fraction=clipped / n,
         entropy=entropy / n,
         reference_kl=reference / n,
+    )
+
+
+def mismatch_sums(tokens: Tokens, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """[4] float64 sums and [1] the largest difference over the trained tokens that are chosen: what `mismatch` needs
+    once the sums of all parts were added up, and the largest of all was found."""
+    with torch.no_grad():
+        kept = tokens.mask & chosen
+        difference = torch.where(kept, tokens.logprobs - tokens.behaviour, 0.0).double()
+        ratio = difference.exp()
+        columns = [torch.ones_like(ratio), ratio, ratio.square(), difference.expm1() - difference]
+        sums = torch.stack([torch.where(kept, column, 0.0).sum() for column in columns])
+        largest = difference.abs().max() if difference.numel() else torch.zeros((), dtype=torch.float64)
+        return sums, largest[None]
+
+
+def mismatch(sums: Tensor, largest: float) -> Mismatch | None:
+    """What the added-up sums say; None where no token was chosen."""
+    count, ratios, squares, k3 = sums.tolist()
+    if not count:
+        return None
+    return Mismatch(
+        num_tokens=int(count),
+        k3_kl=k3 / count,
+        effective_sample_size=ratios**2 / (count * squares) if squares else 0.0,
+        max_difference=largest,
     )
 
 

@@ -198,6 +198,18 @@ class Batch(Frozen):
         return tuple(0 if version is None else self.version - version for version in oldest)
 
 
+class Mismatch(Frozen):
+    """Trainer against sampler, over trained tokens of a kind; r is the importance weight of a token."""
+
+    num_tokens: int
+    k3_kl: float
+    """Mean of r - 1 - log r, in nats."""
+    effective_sample_size: float
+    """(sum r)^2 / (n sum r^2)."""
+    max_difference: float
+    """Of log-probabilities, in nats."""
+
+
 class TrainMetrics(Frozen):
     """What one update did. Shares are 0 to 1; divergences and entropy are in nats per trained token."""
 
@@ -229,6 +241,10 @@ class TrainMetrics(Frozen):
     entropy: float
     reference_kl: float = 0.0
     """Estimate of KL(trainer || reference), 0 without a reference."""
+    fresh: Mismatch | None = None
+    """Over tokens of groups of staleness 0: what differs there is not the age of the weights. None without any."""
+    stale: Mismatch | None = None
+    """Over tokens of the other groups."""
     duration_s: float
 
     @property

@@ -90,7 +90,13 @@ def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> 
 
 
 def numbers(metrics: TrainMetrics) -> dict[str, Any]:
-    return metrics.model_dump(exclude={"duration_s"})
+    """Flat; the largest differences are of another order than the means, and as uncertain as their tokens."""
+    flat = metrics.model_dump(exclude={"duration_s", "fresh", "stale"})
+    for kind in ("fresh", "stale"):
+        of_kind = getattr(metrics, kind)
+        if of_kind is not None:
+            flat |= {f"{kind}/{name}": value for name, value in of_kind.model_dump().items()}
+    return flat
 
 
 def by_hand(model_folder: str, batch: Batch, settings: LossSettings, reference_folder: str) -> tuple[float, Any]:

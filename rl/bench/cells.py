@@ -88,9 +88,10 @@ def schedule(config: BenchConfig) -> list[Measurement]:
     planned = []
     passes = [(repeat, seed) for repeat in range(config.repeats) for seed in config.seeds]
     for number, (repeat, seed) in enumerate(passes):
-        for of_one in (calibrations(config), cells(config)):
-            shift = number * max(1, len(of_one) // len(passes))
-            planned += [Measurement(key=key, seed=seed, repeat=repeat) for key in _rotated(of_one, shift)]
+        of_this: tuple[list[CellKey | CalibrationKey], ...] = ([*calibrations(config)], [*cells(config)])
+        for keys in of_this:
+            shift = number * max(1, len(keys) // len(passes))
+            planned += [Measurement(key=key, seed=seed, repeat=repeat) for key in _rotated(keys, shift)]
     return planned
 
 

@@ -4,9 +4,11 @@ A cell is one combination of stack, mode, engine and workload; a run is one meas
 are wall time unless named otherwise. Warm-up updates are in no number but `start_up` and `rewards`.
 """
 
+from statistics import median
 from typing import Literal
 
 from rl.types import Frozen
+from rl.types import Mismatch as Mismatch
 
 SCHEMA_VERSION = 1
 
@@ -64,7 +66,8 @@ class Accounting(Frozen):
 
 
 class Calibration(Frozen):
-    """What each role takes alone, on its own core, for one update's work; medians. The bounds are made of these."""
+    """What each role takes alone, on its own core, for one update's work: the mean over the very groups that the
+    measured updates of a run train on; of weights, the median. The bounds are made of these."""
 
     generate_saturated_s: float
     """W_g / G: one update's groups by all generators while others are always in flight, no tail."""
@@ -98,17 +101,6 @@ class WeightSync(Frozen):
     pause_s: float
     exposed_s: float
     """Time of an update in which the trainer waited for weights: snapshot and wait for the last publication."""
-
-
-class Mismatch(Frozen):
-    """Trainer against sampler, over trained tokens of a kind."""
-
-    num_tokens: int
-    k3_kl: float
-    """Mean of r - 1 - log r, in nats."""
-    effective_sample_size: float
-    max_difference: float
-    """Of log-probabilities, in nats."""
 
 
 class ControlPlane(Frozen):
@@ -257,8 +249,16 @@ class Transport(Frozen):
     `ray_message`, `file`."""
     num_bytes: int
     seconds: tuple[float, ...]
-    """[repeats]"""
+    """[repeats] from the trainer's memory until the other process can read all of it."""
+    copy_s: tuple[float, ...] = ()
+    """[repeats] what the other process then needs to copy it into memory that nobody else writes to, as a generator
+    does; 0 for `memory_copy`."""
     error: str = ""
+
+    @property
+    def gigabytes_per_s(self) -> float:
+        """Of the median, in 10^9 bytes; 0 without a measurement."""
+        return self.num_bytes / median(self.seconds) / 1e9 if self.seconds else 0.0
 
 
 class Simulation(Frozen):
