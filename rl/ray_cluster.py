@@ -21,8 +21,11 @@ _OBJECT_STORE_BYTES = 256 << 20
 
 
 @contextmanager
-def connected(gpus: float = 0) -> Iterator[None]:
-    """Be connected to Ray; `gpus` are what the run asks for. Raises ValueError where the cluster has fewer."""
+def connected(gpus: float = 0, object_store_bytes: int = _OBJECT_STORE_BYTES) -> Iterator[None]:
+    """Be connected to Ray; `gpus` are what the run asks for. Raises ValueError where the cluster has fewer.
+
+    `object_store_bytes` is for a Ray that begins here.
+    """
     address = os.environ.get("RAY_ADDRESS", "")
     if address.startswith("ray://"):
         raise ValueError(
@@ -47,7 +50,7 @@ def connected(gpus: float = 0) -> Iterator[None]:
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level="error",
-                object_store_memory=_OBJECT_STORE_BYTES,
+                object_store_memory=object_store_bytes,
                 _node_ip_address=_HOST,
                 _temp_dir=folder,
             )

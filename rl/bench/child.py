@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,10 +26,20 @@ class ChildFailed(Exception):
     """There is no result. The argument says why."""
 
 
-async def measure_apart(module: str, request: Frozen, result: type[Result], folder: Path, timeout_s: float) -> Result:
+async def measure_apart(
+    module: str,
+    request: Frozen,
+    result: type[Result],
+    folder: Path,
+    timeout_s: float,
+    *,
+    python: str = sys.executable,
+    environment: Mapping[str, str] | None = None,
+) -> Result:
     """What the module's `answer` wrote down. `folder`, which is made, keeps the request, the result and what was said.
 
-    Raises `ChildFailed`. When this is cancelled, the process and all of its group are ended.
+    `python` and `environment` are for a child that is to have other packages than this process. Raises `ChildFailed`.
+    When this is cancelled, the process and all of its group are ended.
     """
     folder.mkdir(parents=True, exist_ok=True)
     asked, answered, said = folder / "request.json", folder / "result.json", folder / "output.log"
@@ -37,7 +47,7 @@ async def measure_apart(module: str, request: Frozen, result: type[Result], fold
     answered.unlink(missing_ok=True)
     with said.open("wb") as log:
         process = await asyncio.create_subprocess_exec(
-            sys.executable,
+            python,
             "-m",
             module,
             str(asked),
@@ -46,7 +56,7 @@ async def measure_apart(module: str, request: Frozen, result: type[Result], fold
             stdin=asyncio.subprocess.PIPE,
             stdout=log,
             stderr=asyncio.subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(each or str(Path.cwd()) for each in sys.path)},
+            env=_own_environment() if environment is None else environment,
             start_new_session=True,
         )
     try:
@@ -63,6 +73,10 @@ async def measure_apart(module: str, request: Frozen, result: type[Result], fold
     return result.model_validate_json(answered.read_text())
 
 
+def _own_environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(each or str(Path.cwd()) for each in sys.path)}
+
+
 def answer(request: type[Request], work: Callable[[Request], Frozen]) -> None:
     """In the child: do what the first argument asks for, and write the result to the second as a whole."""
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
@@ -75,7 +89,8 @@ def answer(request: type[Request], work: Callable[[Request], Frozen]) -> None:
 
 def _end_with_parent() -> None:
     """Nobody but the parent ends a child, so one that has lost it ends itself and its group."""
-    sys.stdin.buffer.read()
+    while os.read(0, 1):
+        pass
     os.killpg(0, signal.SIGKILL)
 
 

@@ -1,0 +1,98 @@
+"""How fast weights travel: every transport in turns, several times over, beside a plain copy of the same bytes.
+
+    measure_transports -> for every size: [ memory_copy, shared_memory, ... ] x rounds -> Transport, Transport, ...
+
+One thread for each end, as a role with one core has it. What fails is written down and hinders no other.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import psutil
+
+from rl.bench.links import LINKS, LinkName, Move
+from rl.bench.results import Transport
+from rl.bench.transport_process import TransportFailed, TransportProcess
+
+MEGABYTE = 1 << 20
+SIZES = tuple(size * MEGABYTE for size in (1, 4, 16, 64, 256, 1024))
+QUICK_SIZES = (1 * MEGABYTE, 16 * MEGABYTE)
+_ROUNDS = 3
+_LARGE_BYTES = 256 * MEGABYTE
+"""From this size on, a process ends after its turn, so that the next one finds the memory free."""
+_MOST_COPIES = 9
+"""Of the weights at once: the trainer's, what a store keeps, what a reader has."""
+_SLOWEST_BYTES_PER_S = 20 * MEGABYTE
+_TURN_TIMEOUT_S = 60.0
+"""For a turn of weights without size."""
+
+
+def measure_transports(quick: bool, sizes: Sequence[int] = ()) -> list[Transport]:
+    """All transports, by size; `sizes` in bytes, by default 1 MB to 1 GB, or 1 and 16 MB where it is to be `quick`."""
+    chosen = sorted(sizes or (QUICK_SIZES if quick else SIZES))
+    found = _Found()
+    small = [size for size in chosen if size < _LARGE_BYTES]
+    with ExitStack() as processes:
+        living: dict[LinkName, TransportProcess] = {}
+        for num_bytes in small:
+            for _ in range(_ROUNDS):
+                for name in LINKS:
+                    if found.failed(name, num_bytes):
+                        continue
+                    try:
+                        if name not in living:
+                            living[name] = processes.enter_context(TransportProcess(name, small[-1]))
+                        found.add(name, num_bytes, _turn(living[name], num_bytes))
+                    except TransportFailed as failure:
+                        found.fail(name, num_bytes, failure)
+                        living.pop(name, None)
+    for num_bytes in chosen[len(small) :]:
+        for _ in range(_ROUNDS):
+            for name in LINKS:
+                if found.failed(name, num_bytes):
+                    continue
+                try:
+                    _check_memory(num_bytes)
+                    with TransportProcess(name, num_bytes) as process:
+                        found.add(name, num_bytes, _turn(process, num_bytes))
+                except TransportFailed as failure:
+                    found.fail(name, num_bytes, failure)
+    return [found.transport(name, num_bytes) for num_bytes in chosen for name in LINKS]
+
+
+class _Found:
+    def __init__(self) -> None:
+        self._moves: dict[tuple[LinkName, int], list[Move]] = defaultdict(list)
+        self._errors: dict[tuple[LinkName, int], str] = {}
+
+    def add(self, name: LinkName, num_bytes: int, moves: list[Move]) -> None:
+        self._moves[name, num_bytes] += moves
+
+    def fail(self, name: LinkName, num_bytes: int, failure: TransportFailed) -> None:
+        self._errors[name, num_bytes] = str(failure)
+
+    def failed(self, name: LinkName, num_bytes: int) -> bool:
+        return (name, num_bytes) in self._errors
+
+    def transport(self, name: LinkName, num_bytes: int) -> Transport:
+        moves = self._moves[name, num_bytes]
+        return Transport(
+            name=name,
+            num_bytes=num_bytes,
+            seconds=tuple(move.seconds for move in moves),
+            copy_s=tuple(move.copy_s for move in moves),
+            error=self._errors.get((name, num_bytes), ""),
+        )
+
+
+def _turn(process: TransportProcess, num_bytes: int) -> list[Move]:
+    repeats = max(1, min(5, (512 * MEGABYTE) // num_bytes))
+    moves = repeats + 4
+    return process.moves(num_bytes, repeats, _TURN_TIMEOUT_S + moves * num_bytes / _SLOWEST_BYTES_PER_S)
+
+
+def _check_memory(num_bytes: int) -> None:
+    free, wanted = psutil.virtual_memory().available, _MOST_COPIES * num_bytes
+    if free < wanted:
+        raise TransportFailed(f"{free / 2**30:.1f} GB of memory are free, wanted {wanted / 2**30:.1f} GB")
