@@ -58,6 +58,14 @@ class Buffer:
             index: groups.get(index) for index in sorted((*state.unfinished, *groups))
         }
         """In the order of prompts; None while the group is sampled."""
+        self.num_finished = len(groups)
+        """Groups that wait to be trained on."""
+        self._news = list(groups)
+        """Those that came since somebody looked for stale ones."""
+        self._looked_at = -1
+        """Update before which all were looked at."""
+        self._missing: Index | None = None
+        """Without it there is no batch, by policy `pace`."""
         self._held = [0] * state.update
         """[updates done] places that wait for the weights of the update to be live."""
         self._live = state.update
@@ -68,11 +76,6 @@ class Buffer:
         self._wanted = asyncio.Semaphore(max(0, wanted))
         """Groups that the rest of the run still has to ask for, so that it ends with none to spare."""
         self._arrived = asyncio.Event()
-
-    @property
-    def num_finished(self) -> int:
-        """Groups that wait to be trained on."""
-        return sum(group is not None for group in self._waiting.values())
 
     @property
     def num_filtered(self) -> int:
@@ -121,6 +124,8 @@ class Buffer:
             self._filtered_in_a_row = 0 if group.informative else self._filtered_in_a_row
             self._count(buffered=group.num_sampled)
             self._waiting[index] = group
+            self.num_finished += 1
+            self._news.append(index)
         self._arrived.set()
 
     async def take(self) -> tuple[Group, ...]:
@@ -135,6 +140,7 @@ class Buffer:
                 raise TooStale(f"group `{group.id}` is {staleness} versions old in update {update}, at most "
                                f"{self._max_staleness} are allowed")  # fmt: skip
             del self._waiting[int(group.id)]
+            self.num_finished -= 1
             self._count(buffered=-group.num_sampled, trained=group.num_sampled)
         self._trained.append(tuple(int(group.id) for group in chosen))
         self._held.append(len(chosen))
@@ -166,19 +172,36 @@ class Buffer:
         )
 
     def _choose(self) -> list[Group] | None:
-        if self._pace:
-            chosen = list(islice(self._waiting.values(), self._size))
-            found = [group for group in chosen if group is not None]
-        else:
+        if not self._pace:
             self._drop_stale()
-            found = [group for group in self._waiting.values() if group is not None][: self._size]
-        return found if len(found) == self._size else None
+        # Asked whenever a group arrives, of which there may be thousands: most answers must be found without a search.
+        if self.num_finished < self._size or (self._missing is not None and self._is_sampled(self._missing)):
+            return None
+        self._missing = None
+        if not self._pace:
+            return list(islice((group for group in self._waiting.values() if group is not None), self._size))
+        chosen: list[Group] = []
+        for index, group in islice(self._waiting.items(), self._size):
+            if group is None:
+                self._missing = index
+                return None
+            chosen.append(group)
+        return chosen
+
+    def _is_sampled(self, index: Index) -> bool:
+        return index in self._waiting and self._waiting[index] is None
 
     def _drop_stale(self) -> None:
         oldest_allowed = len(self._trained) - self._max_staleness
-        for index, group in list(self._waiting.items()):
+        new, self._news = self._news, []
+        if self._looked_at != len(self._trained):
+            self._looked_at = len(self._trained)
+            new = list(self._waiting)
+        for index in new:
+            group = self._waiting.get(index)
             if group is not None and group.oldest_version is not None and group.oldest_version < oldest_allowed:
                 del self._waiting[index]
+                self.num_finished -= 1
                 self._dropped.add(index)
                 self._count(buffered=-group.num_sampled, dropped=group.num_sampled)
                 self._leave()

@@ -24,7 +24,9 @@ class BusyTime:
         self._clock = clock
         self._work = [0] * (num_generators + 1)
         """[generators, trainer] pieces of work that go on."""
-        self._busy_s = [0.0] * (num_generators + 1)
+        self._num_busy = 0
+        """Generators with a piece of work."""
+        self._trainer_s = self._generators_s = 0.0
         self._any_generator_s = 0.0
         self._both_s = 0.0
         self._since = self._began = clock()
@@ -45,36 +47,40 @@ class BusyTime:
         """The time since the last call."""
         self._add()
         duration_s = self._since - self._began
-        *generators_s, trainer_s = self._busy_s
-        rarer_s = min(trainer_s, self._any_generator_s)
+        generator_s = self._generators_s / (len(self._work) - 1)
+        rarer_s = min(self._trainer_s, self._any_generator_s)
         shares = Shares(
             duration_s=duration_s,
-            trainer_idle=1 - trainer_s / duration_s if duration_s else 0.0,
-            generator_idle=1 - sum(generators_s) / len(generators_s) / duration_s if duration_s else 0.0,
+            trainer_idle=1 - self._trainer_s / duration_s if duration_s else 0.0,
+            generator_idle=1 - generator_s / duration_s if duration_s else 0.0,
             overlap=self._both_s / rarer_s if rarer_s else 0.0,
         )
-        self._busy_s = [0.0] * len(self._busy_s)
+        self._trainer_s = self._generators_s = 0.0
         self._any_generator_s = self._both_s = 0.0
         self._began = self._since
         return shares
 
     @contextmanager
     def _piece(self, role: int) -> Iterator[None]:
-        self._add()
-        self._work[role] += 1
+        self._change(role, 1)
         try:
             yield
         finally:
-            self._add()
-            self._work[role] -= 1
+            self._change(role, -1)
+
+    def _change(self, role: int, pieces: int) -> None:
+        self._add()
+        before = bool(self._work[role])
+        self._work[role] += pieces
+        if role != -1:
+            self._num_busy += bool(self._work[role]) - before
 
     def _add(self) -> None:
         now = self._clock()
         span_s, self._since = now - self._since, now
-        for role, pieces in enumerate(self._work):
-            if pieces:
-                self._busy_s[role] += span_s
-        if any(self._work[:-1]):
-            self._any_generator_s += span_s
-            if self._work[-1]:
-                self._both_s += span_s
+        # Sums, not a number for each generator: this is called for every group, and there may be a thousand generators.
+        self._generators_s += span_s * self._num_busy
+        self._any_generator_s += span_s * (self._num_busy > 0)
+        if self._work[-1]:
+            self._trainer_s += span_s
+            self._both_s += span_s * (self._num_busy > 0)
