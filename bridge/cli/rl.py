@@ -1,7 +1,8 @@
-"""`orchestrate rl`: reinforcement learning. See `rl_train`, `rl_eval` and `rl_model`."""
+"""`orchestrate rl`: reinforcement learning. See `rl_train`, `rl_eval`, `rl_model` and `rl_bench`."""
 
 import click
 
+from bridge.cli.rl_bench import bench
 from bridge.cli.rl_eval import evaluate
 from bridge.cli.rl_model import model
 from bridge.cli.rl_train import train
@@ -15,7 +16,7 @@ def rl() -> None:
     """
 
 
-for command in (train, evaluate, model):
+for command in (train, evaluate, model, bench):
     rl.add_command(command)
 
 COMMANDS = (rl,)

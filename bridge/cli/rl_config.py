@@ -1,12 +1,12 @@
-"""What `orchestrate rl train` is asked for: a config file, flags over it, every fault told with its place.
+"""What `orchestrate rl train` and `rl bench` are asked for: a config file, flags over it, every fault with its place.
 
 --config FILE (YAML) -+
---set a.b=value ------+-> one mapping -> RunConfig, or a Failure with all that is wrong
+--set a.b=value ------+-> one mapping -> a config, or a Failure with all that is wrong
 --model, --task ... --+
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -16,8 +16,9 @@ from bridge.fields import convert, validate
 from bridge.problems import Finding, Problem, path_text
 from bridge.problems import Path as Place
 from rl.config import RunConfig
-from rl.types import Task
+from rl.types import Frozen, Task
 
+Config = TypeVar("Config", bound=Frozen)
 Given = dict[Place, tuple[str, Any]]
 """Place in the config -> the flag that says so, and its value. Later ones win."""
 
@@ -58,26 +59,31 @@ def setting(text: str) -> tuple[Place, Any]:
 
 
 def run_config(file: Path | None, given: Given, base: dict[str, Any] | None = None) -> RunConfig:
-    """The config of a run. `base` is what holds where neither file nor flags say anything.
+    """The config of a training run, as `read_config` reads it."""
+    return read_config(RunConfig, file, given, base)
+
+
+def read_config(kind: type[Config], file: Path | None, given: Given, base: dict[str, Any] | None = None) -> Config:
+    """A config of this kind. `base` is what holds where neither file nor flags say anything.
 
     Raises `Failure` with every fault: of the file with line and column, of a flag with its name.
     """
     data, root, problems = _read(file) if file is not None else ({}, Node(0, 0), [])
     found: list[Finding] = []
-    data = convert(RunConfig, data, root, (), found.append)
+    data = convert(kind, data, root, (), found.append)
     merged = _merged(base or {}, data)
     for place, (_, value) in given.items():
         merged = _merged(merged, _nested(place, value))
     # Once more, for what the flags brought.
     merged = convert(
-        RunConfig, merged, None, (), lambda finding: None if _in_file(finding, found) else found.append(finding)
+        kind, merged, None, (), lambda finding: None if _in_file(finding, found) else found.append(finding)
     )
-    config, faults = validate(RunConfig, merged, ())
+    config, faults = validate(kind, merged, ())
     found += faults
     problems += [_problem(finding, file, root, given) for finding in found]
     if config is None or problems:
         raise Failure("the config is not valid\n" + "\n".join(str(problem) for problem in dict.fromkeys(problems)))
-    valid: RunConfig = config
+    valid: Config = config
     return valid
 
 

@@ -124,6 +124,7 @@ async def calibrate(request: CalibrationRequest) -> CalibrationRun:
         stack=key.stack,
         mode="sync-colocated" if key.colocated else "sync",
         engine=key.engine,
+        placement="emulated" if bench.emulate_accelerators else "pinned",
         num_generators=bench.num_generators,
     )
     config = run_config(bench, cell, request.seed)

@@ -4,11 +4,12 @@ BenchConfig -> Task (calibration or cell, of a seed and repeat), interleaved -> 
 """
 
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from rl.bench.config import BenchConfig
-from rl.bench.results import CellKey, Mode, WorkloadName
+from rl.bench.results import CalibrationRun, CellKey, Mode, WorkloadName
 from rl.config import RunConfig
+from rl.emulation import EngineEmulation, LearnerEmulation
 from rl.pinning import usable_cores
 from rl.types import Frozen
 
@@ -26,6 +27,16 @@ class CalibrationKey(Frozen):
     engine: str
     colocated: bool
 
+    @classmethod
+    def of(cls, run: CalibrationRun) -> Self:
+        """What a run calibrated."""
+        return cls(stack=run.stack, engine=run.engine, colocated=run.colocated)
+
+    @property
+    def label(self) -> str:
+        """`ray`, with what is not usual behind it."""
+        return " ".join([self.stack, *[self.engine] * (self.engine != "vllm"), *["colocated"] * self.colocated])
+
 
 class Measurement(Frozen):
     """One child process of the benchmark."""
@@ -36,11 +47,13 @@ class Measurement(Frozen):
 
 
 def cells(config: BenchConfig) -> list[CellKey]:
-    """All that are measured in one repeat, no two alike."""
+    """All that are measured in one repeat, no two alike. With emulated accelerators none is about models or rewards."""
     found: list[CellKey] = []
+    emulated = config.emulate_accelerators
+    usual = "emulated" if emulated else "vllm"
 
     def add(
-        stack: str, mode: Mode, *, engine: str = "vllm", workload: WorkloadName = "tail", staleness: int = -1
+        stack: str, mode: Mode, *, engine: str = usual, workload: WorkloadName = "tail", staleness: int = -1
     ) -> None:
         found.append(
             CellKey(
@@ -48,6 +61,7 @@ def cells(config: BenchConfig) -> list[CellKey]:
                 mode=mode,
                 engine=engine,
                 workload=workload,
+                placement="emulated" if emulated else "pinned",
                 num_generators=config.num_generators,
                 max_staleness=_staleness(config, mode) if staleness < 0 else staleness,
             )
@@ -57,13 +71,13 @@ def cells(config: BenchConfig) -> list[CellKey]:
         for mode in config.modes:
             for stack in config.stacks:
                 add(stack, mode)
-    if "control" in config.parts:
+    if "control" in config.parts and not emulated:
         for mode in config.modes:
             add("local", mode, engine="hf")
     if "sweep" in config.parts:
         for staleness in config.sweep:
             add("local", _mode(staleness), staleness=staleness)
-    if "learning" in config.parts:
+    if "learning" in config.parts and not emulated:
         for mode in config.modes:
             if mode in ("sync", "async"):
                 for stack in config.stacks:
@@ -121,11 +135,13 @@ def run_config(config: BenchConfig, key: CellKey, seed: int) -> RunConfig:
                 "cache_gb": config.cache_gb,
                 "num_threads": threads,
                 "cores": [together] if colocated else generators,
+                "emulation": EngineEmulation() if key.placement == "emulated" else None,
             },
             "learner": {
                 "learning_rate": config.learning_rate,
                 "num_threads": threads,
                 "cores": together if colocated else trainer,
+                "emulation": LearnerEmulation() if key.placement == "emulated" else None,
             },
             "num_generators": key.num_generators,
             "groups_in_flight": config.groups_in_flight,

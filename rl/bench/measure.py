@@ -8,7 +8,7 @@ or the loop says of itself; the ledger is what they are held against.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from statistics import fmean, median, quantiles
 
 from rl.bench.intervals import Interval, length_s
@@ -120,13 +120,20 @@ def _shares(trace: Trace, window: Interval) -> dict[str, float]:
 
 
 def _accounting(trace: Trace, tokens: Tokens) -> Accounting:
-    """Generated and trained as they crossed the seam, the rest by the loop's ledger."""
+    """Generated and trained as they crossed the seam, the rest by the loop's ledger of its last moment.
+
+    Groups that came in after that moment, while the trainer wrote its checkpoint, were in flight then. The ledger must
+    agree with all that came before them to the token, or nothing is made up for them.
+    """
     consumed = [one for call in trace.of("update") for one in call.request.trajectories]
+    sizes = [_num_tokens(call.reply) for call in trace.of("generate")]
+    sums = [0, *accumulate(sizes)]
+    late = sums[-1] - tokens.generated if tokens.generated in sums else 0
     return Accounting(
-        generated=sum(_num_tokens(call.reply) for call in trace.of("generate")),
+        generated=sums[-1],
         trained=sum(one.num_sampled for one in consumed),
         wasted=tokens.wasted,
-        in_flight=tokens.buffered,
+        in_flight=tokens.buffered + late,
         consumed_trajectories=len(consumed),
         distinct_trajectories=len({(one.group_id, one.sample) for one in consumed}),
     )

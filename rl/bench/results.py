@@ -52,7 +52,8 @@ class Accounting(Frozen):
     trained: int
     wasted: int
     in_flight: int
-    """Of groups that were finished or partly sampled when the run ended."""
+    """Of groups that were finished, and not trained on, when the run ended. What was sampled by then of others is known
+    to the engines alone, and neither here nor in `generated`."""
     consumed_trajectories: int
     """That updates were made of."""
     distinct_trajectories: int
@@ -309,3 +310,10 @@ class Results(Frozen):
     recoveries: tuple[Recovery, ...] = ()
     transports: tuple[Transport, ...] = ()
     simulations: tuple[Simulation, ...] = ()
+
+    @property
+    def num_failed(self) -> int:
+        """Measurements that have an error in the place of numbers."""
+        errors = [one.error for one in self.runs] + [one.error for one in self.calibrations]
+        errors += [one.error for one in self.recoveries] + [one.error for one in self.transports]
+        return sum(map(bool, errors))
