@@ -50,5 +50,5 @@ class LearnerEmulation(Frozen):
     """Of any update."""
     update_s_per_token: float = Field(1e-4, ge=0)
     """And for each token of its conversations, prompts included; the processes of a learner share them."""
-    num_bytes: int = Field(1 << 26, ge=64)
+    num_bytes: int = Field(1 << 27, ge=64)
     """Of the weights, which are really published and pulled."""

@@ -82,7 +82,7 @@ def bench(
     for text in settings:
         where, value = setting(text)
         given[where] = ("--set", value)
-    base = BenchConfig.short().model_dump(mode="json") if quick else None
+    base = BenchConfig.short().model_dump(mode="json", exclude_unset=True) if quick else None
     config = read_config(BenchConfig, file, given, base)
     folder = output or Path("rl-bench", time.strftime("%Y%m%d-%H%M%S"))
     view = BenchView(sys.stderr if as_json else sys.stdout)

@@ -9,7 +9,6 @@ from typing import Self, TypeVar
 from rl.bench.config import BenchConfig
 from rl.bench.results import CalibrationRun, CellKey, Mode, WorkloadName
 from rl.config import RunConfig
-from rl.emulation import EngineEmulation, LearnerEmulation
 from rl.pinning import usable_cores
 from rl.types import Frozen
 
@@ -135,13 +134,13 @@ def run_config(config: BenchConfig, key: CellKey, seed: int) -> RunConfig:
                 "cache_gb": config.cache_gb,
                 "num_threads": threads,
                 "cores": [together] if colocated else generators,
-                "emulation": EngineEmulation() if key.placement == "emulated" else None,
+                "emulation": config.emulated_engine if key.placement == "emulated" else None,
             },
             "learner": {
                 "learning_rate": config.learning_rate,
                 "num_threads": threads,
                 "cores": together if colocated else trainer,
-                "emulation": LearnerEmulation() if key.placement == "emulated" else None,
+                "emulation": config.emulated_learner if key.placement == "emulated" else None,
             },
             "num_generators": key.num_generators,
             "groups_in_flight": config.groups_in_flight,

@@ -1,10 +1,11 @@
 """What a benchmark is, as data. Light: imports no torch, ray, monarch or vllm."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rl.bench.results import Mode
+from rl.emulation import EngineEmulation, LearnerEmulation
 from rl.lengths import LengthTail
 from rl.system_prompts import PromptStyle
 from rl.types import Frozen, Task
@@ -18,6 +19,8 @@ ALL_PARTS: tuple[Part, ...] = (
     "matrix", "control", "sweep", "learning", "peers", "transports", "recovery", "simulation",
 )  # fmt: skip
 ALL_MODES: tuple[Mode, ...] = ("sync-colocated", "sync", "one-step", "async")
+
+_EMULATED_GENERATORS, _GROUPS_PER_GENERATOR = 4, 4
 
 
 class BenchConfig(Frozen):
@@ -70,9 +73,22 @@ class BenchConfig(Frozen):
     cell_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """A run that takes longer is ended, and counts as failed."""
     emulate_accelerators: bool = False
-    """Measure orchestration instead of compute: real processes, messages and weights, device time slept."""
+    """Measure orchestration instead of compute: real processes, messages and weights, device time slept. There are then
+    4 generators by default, and 4 groups in an update for each of them."""
+    emulated_engine: EngineEmulation = EngineEmulation()
+    """The devices of the generators, where accelerators are emulated."""
+    emulated_learner: LearnerEmulation = LearnerEmulation()
+    """The device of the trainer, where accelerators are emulated, and the size of the weights."""
     quick: bool = False
     """The numbers are from a short run, and say little about the machine."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _more_generators_where_devices_sleep(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or not given.get("emulate_accelerators"):
+            return given
+        generators = given.get("num_generators", _EMULATED_GENERATORS)
+        return {"num_generators": generators, "groups_per_update": _GROUPS_PER_GENERATOR * generators, **given}
 
     @classmethod
     def short(cls) -> Self:

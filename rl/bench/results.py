@@ -272,7 +272,7 @@ class Simulation(Frozen):
     max_staleness: int
     policy: Literal["pace", "drop"]
     update_s: float
-    """Median."""
+    """Mean, as the bound is."""
     bound_s: float
     wasted_share: float
     staleness_mean: float
