@@ -12,7 +12,7 @@ import sys
 import tarfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -580,3 +580,19 @@ def quick_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     make_tiny(folder, 0, recipe)
     torch.set_num_threads(threads)
     return str(folder)
+
+
+@pytest.fixture
+async def browser() -> AsyncIterator[Any]:
+    """Headless Chromium of this system, driven by Playwright."""
+    names = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+    program = next((path for name in names if (path := shutil.which(name))), None)
+    if program is None:
+        pytest.skip(f"there is no {' or '.join(names)}")
+    from playwright.async_api import async_playwright
+
+    async with async_playwright() as playwright:
+        # In a container, Chromium runs as root, which its sandbox refuses.
+        started = await playwright.chromium.launch(executable_path=program, chromium_sandbox=False)
+        yield started
+        await started.close()

@@ -1,8 +1,9 @@
-"""`orchestrate rl`: reinforcement learning. See `rl_train`, `rl_eval`, `rl_model` and `rl_bench`."""
+"""`orchestrate rl`: reinforcement learning. See `rl_train`, `rl_eval`, `rl_model`, `rl_bench` and `rl_compare`."""
 
 import click
 
 from bridge.cli.rl_bench import bench
+from bridge.cli.rl_compare import compare_results
 from bridge.cli.rl_eval import evaluate
 from bridge.cli.rl_model import model
 from bridge.cli.rl_train import train
@@ -16,7 +17,7 @@ def rl() -> None:
     """
 
 
-for command in (train, evaluate, model, bench):
+for command in (train, evaluate, model, bench, compare_results):
     rl.add_command(command)
 
 COMMANDS = (rl,)
