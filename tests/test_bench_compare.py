@@ -51,7 +51,7 @@ def test_a_slower_cell_is_a_regression_and_the_other_is_not(tmp_path: Path) -> N
     done = invoke(first, second)
     assert done.exit_code == 1
     lines = [line for line in done.output.splitlines() if line.startswith("regression")]
-    assert {tuple(line.split()[1:4]) for line in lines} >= {
+    assert {tuple(line.split()[2:5]) for line in lines} >= {
         ("ray", "async", "update_p50_s"),
         ("ray", "async", "samples_per_s"),
     }

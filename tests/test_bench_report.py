@@ -256,6 +256,19 @@ async def test_nothing_measured_is_said(browser: Any, tmp_path: Path) -> None:
     assert set(badges) == {"not measured"}
 
 
+OPTIONAL = ("accounting", "bound", "weights", "fresh", "stale", "control", "start_up", "usage", "rewards", "timeline",
+            "staleness", "update_s", "duration_s")  # fmt: skip
+
+
+@pytest.mark.parametrize("missing", [*((name,) for name in OPTIONAL), OPTIONAL])
+def test_what_a_run_does_not_know_is_left_out(missing: tuple[str, ...]) -> None:
+    nothing = {name: CellRun.model_fields[name].default for name in missing}
+    runs = [run.model_copy(update=nothing) for run in whole().runs if run.key.stack in ("local", "trl")]
+    text = page(results(runs=tuple(runs)))
+    assert all(f'<section id="{name}">' in text for name in SECTIONS)
+    assert "None" not in text and "nan" not in text
+
+
 def test_what_comes_from_outside_is_text() -> None:
     evil = "<script>alert(1)</script>"
     found = whole()
@@ -290,13 +303,15 @@ def test_a_lost_sample_misses_the_target_of_recovery() -> None:
 def test_findings_claim_nothing_within_the_spread() -> None:
     said = {finding.about: finding.text for finding in findings(whole())}
     assert "do not differ beyond their spread; monarch" in said["stack for async"]
-    assert said["async or in turns on the same cores"].startswith("Asynchronous training has more samples/s than")
+    assert said["async or in turns on the same cores"].startswith(
+        "Samples/s of asynchronous training against those in turns on the same cores: more on local 1.4"
+    )
     assert "does not differ beyond the spread" in said["learning"]
     assert re.search(r": 1\.4\dx \(1\.\d\d-1\.\d\d\) what it does in turns on the same cores", headline(whole()))
     single = results(runs=tuple(run for run in whole().runs if run.seed == 0))
     said = {finding.about: finding.text for finding in findings(single)}
     assert "no difference beyond the spread" in said["async or in turns on all cores"], "1.14x of one run is nothing"
-    assert "have one run" in said["caution"]
+    assert "One run only" in said["caution"]
 
 
 def test_a_bound_that_is_beaten_and_tokens_that_vanish_are_cautions() -> None:

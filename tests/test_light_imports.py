@@ -24,6 +24,8 @@ LIGHT = (
     "rl.prompts",
     "rl.scripted",
     "rl.rollout",
+    "rl.bench.report",
+    "rl.bench.compare",
     "rl.evaluation",
     "rl.evaluation_plot",
     "rl.config",

@@ -43,7 +43,7 @@ def compare_results(before: Path, after: Path, show_all: bool, as_json: bool) ->
         Output(as_json=True).print_json({**found.model_dump(mode="json"), "regressions": len(regressions)})
     else:
         for warning in found.warnings:
-            print(f"{click.style('warning', fg='yellow')}: {visible(warning)}", file=sys.stderr)
+            click.echo(f"{click.style('warning', fg='yellow')}: {visible(warning)}", err=True)
         print("\n".join(_screen(found, show_all)))
     if regressions or found.lost:
         sys.exit(FAILED)
@@ -59,7 +59,7 @@ def _read(path: Path) -> Results:
 def _screen(found: Comparison, show_all: bool) -> list[str]:
     order = ("regression", "improvement", "changed", *(("within spread",) if show_all else ()))
     shown: list[Change] = [change for verdict in order for change in found.changes if change.verdict == verdict]
-    lines = columns(("VERDICT", "CELL", "METRIC", "BEFORE", "AFTER", "CHANGE"), [_row(one) for one in shown])
+    lines = columns(("VERDICT", "CHANGE", "CELL", "METRIC", "BEFORE", "AFTER"), [_row(one) for one in shown])
     lines = [_coloured(line) for line in lines] if shown else []
     for words, subjects in (
         ("failed in the second", found.lost),
@@ -79,7 +79,7 @@ def _screen(found: Comparison, show_all: bool) -> list[str]:
 def _row(change: Change) -> tuple[str, ...]:
     before, after = with_spread(change.before, change.unit), with_spread(change.after, change.unit)
     share = "new" if change.change is None else f"{change.change:+.1%}"
-    return (change.verdict, change.subject, change.metric, before, after, share)
+    return (change.verdict, share, change.subject, change.metric, before, after)
 
 
 def _coloured(line: str) -> str:

@@ -14,7 +14,7 @@ def cautions(results: Results, cells: Cells) -> Iterator[Finding]:
     if single:
         yield Finding(
             about="caution",
-            text=f"{len(single)} of {len(cells)} cells have one run, whose spread is not known: "
+            text=f"One run only in {len(single)} of {len(cells)} cells, so that the spread is not known: "
             f"{share(ASSUMED_SPREAD)} of the number are assumed.",
         )
     if results.quick:

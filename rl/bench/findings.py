@@ -35,11 +35,11 @@ def headline(results: Results) -> str:
     cells = main_cells(results)
     asynchronous = [key for key in cells if key.mode == "async" and usual(key)]
     if not asynchronous:
-        return f"{len(by_cell(results.runs))} cells were measured, none of them asynchronous with long-tailed lengths."
+        return "No asynchronous cell with long-tailed lengths was measured."
     best = max(asynchronous, key=lambda key: _median(metrics.SAMPLES, cells[key]))
     faster = speed_ups(cells, best)
     said = [
-        f"{_times_as_many(ratio)} {words}"
+        _times_as_many(ratio, words)
         for ratio, words in ((faster.split, "in turns on the same cores"), (faster.colocated, "in turns on all cores"))
         if ratio is not None
     ]
@@ -49,8 +49,8 @@ def headline(results: Results) -> str:
     efficiency = metrics.EFFICIENCY.over(cells[best])
     bound = metrics.BOUND.over(cells[best])
     if efficiency and bound:
-        text += f" An update takes {seconds(bound.median / efficiency.median)} where {seconds(bound.median)} is the "
-        text += f"least possible: {efficiency.median:.2f} of the bound."
+        text += f" An update takes {seconds(bound.median / efficiency.median)}, its bound is {seconds(bound.median)}: "
+        text += f"{efficiency.median:.2f} of the bound."
     return text + " Device time is emulated: this is orchestration alone." * (best.placement == "emulated")
 
 
@@ -85,11 +85,9 @@ def _median(metric: Metric, runs: Sequence[CellRun]) -> float:
     return found.median if found else 0.0
 
 
-def _times_as_many(ratio: Spread) -> str:
-    shown = times_with_spread(ratio)
-    if not ratio.apart(ONE):
-        return f"{shown}, no difference beyond the spread, of what it does"
-    return f"{shown} what it does" if ratio.median > 1 else f"only {shown} what it does"
+def _times_as_many(ratio: Spread, words: str) -> str:
+    text = f"{times_with_spread(ratio)} what it does {words}"
+    return text if ratio.apart(ONE) else f"{text} (no difference beyond the spread)"
 
 
 def _widest(cells: Cells, mode: str) -> list[CellKey]:
@@ -127,13 +125,14 @@ def _turns(cells: Cells) -> Iterator[Finding]:
             continue
         said = []
         for kind, holds in (
-            ("more samples/s than", lambda ratio: ratio.apart(ONE) and ratio.median > 1),
-            ("no difference beyond the spread from", lambda ratio: not ratio.apart(ONE)),
-            ("fewer samples/s than", lambda ratio: ratio.apart(ONE) and ratio.median < 1),
+            ("more on", lambda ratio: ratio.apart(ONE) and ratio.median > 1),
+            ("no difference beyond the spread on", lambda ratio: not ratio.apart(ONE)),
+            ("fewer on", lambda ratio: ratio.apart(ONE) and ratio.median < 1),
         ):
             of = [f"{stack} {times_with_spread(ratio)}" for stack, ratio in ratios.items() if holds(ratio)]
-            said += [f"{kind} {words}: {', '.join(of)}"] * bool(of)
-        yield Finding(about=f"async or {words}", text=f"Asynchronous training has {'; '.join(said)}.")
+            said += [f"{kind} {', '.join(of)}"] * bool(of)
+        text = f"Samples/s of asynchronous training against those {words}: {'; '.join(said)}."
+        yield Finding(about=f"async or {words}", text=text)
 
 
 def _how_stale(cells: Cells) -> Iterator[Finding]:
@@ -149,9 +148,12 @@ def _how_stale(cells: Cells) -> Iterator[Finding]:
             continue
         best = max(of.values(), key=lambda key: _median(metrics.SAMPLES, cells[key]))
         least = next(
-            bound for bound, key in sorted(of.items())
-            if (ratio := ratio_of(cells[key], cells[best])) is not None and not ratio.apart(ONE)
+            (bound for bound, key in sorted(of.items())
+             if (ratio := ratio_of(cells[key], cells[best])) is not None and not ratio.apart(ONE)),
+            None,
         )  # fmt: skip
+        if least is None:
+            continue
         rates = ", ".join(
             f"{bound}: {digits(_median(metrics.SAMPLES, cells[key]))}" for bound, key in sorted(of.items())
         )

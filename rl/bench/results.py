@@ -206,7 +206,7 @@ class CellRun(Frozen):
     @property
     def efficiency(self) -> float | None:
         """The bound over what was measured: 1 is the best there is."""
-        if self.bound is None or not self.num_updates:
+        if self.bound is None or not self.num_updates or not self.duration_s:
             return None
         return self.bound.update_s / (self.duration_s / self.num_updates)
 

@@ -9,7 +9,7 @@ from rl.bench.page.bars import Bar, Range, bar_chart, range_chart
 from rl.bench.page.block import Figure, Legend, Section, Table, mode_colour, mode_legend
 from rl.bench.page.svg import scale
 from rl.bench.results import CellKey, Results
-from rl.bench.spread import Cells, by_cell, speed_ups, spread_of
+from rl.bench.spread import Cells, by_cell, speed_ups
 from rl.bench.table import caption, summary
 
 _MORE = (
@@ -36,7 +36,8 @@ def summary_section(results: Results) -> Section:
 def bound_section(results: Results) -> Section:
     """Bars of the update time with a line where the bound is."""
     cells = by_cell(results.runs)
-    longest = [found.high for runs in cells.values() if (found := metrics.UPDATE_MEAN.over(runs))]
+    numbers = [metric.over(runs) for runs in cells.values() for metric in (metrics.UPDATE_MEAN, metrics.BOUND)]
+    longest = [found.high for found in numbers if found is not None]
     lengths = scale([*longest, 0.0], zero=True)
     figures = []
     for workload in dict.fromkeys((key.placement, key.workload) for key in cells):
@@ -85,7 +86,7 @@ def _bound_bars(cells: Cells, keys: list[CellKey]) -> Iterator[Bar]:
         took = metrics.UPDATE_MEAN.over(cells[key])
         if took is None:
             continue
-        bound = spread_of(run.bound.update_s if run.bound else None for run in cells[key])
+        bound = metrics.BOUND.over(cells[key])
         of = metrics.EFFICIENCY.over(cells[key])
         number = seconds(took.median) + (f" · {of.median:.2f} of {seconds(bound.median)}" if of and bound else "")
         group = f"{key.stack}{unusual(key).removesuffix(' task')}"

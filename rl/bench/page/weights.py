@@ -23,10 +23,10 @@ def weights_section(results: Results) -> Section:
     bars = list(_bars(cells))
     if bars:
         lengths = scale([sum(length for length, _, _ in bar.parts) for bar in bars], zero=True)
-        legend = [Legend(metric.title.partition(": ")[2], name) for metric, name in _PARTS]
+        legend = [Legend(_short(metric), name) for metric, name in _PARTS]
         figures.append(Figure(bar_chart(bars, lengths), "From the trainer's memory into the engine", legend, wide=True))
-        tables.append(Table(("cell", "bytes", *(metric.title for metric, _ in _PARTS), *(one.title for one in _MORE)),
-                            list(_rows(cells)), title="In the runs"))  # fmt: skip
+        header = ("cell", "bytes", *(_short(metric) for metric, _ in _PARTS), *(_short(metric) for metric in _MORE))
+        tables.append(Table(header, list(_rows(cells)), title="In the runs"))
     figures += list(_transports(results))
     ratios = copy_ratios(results)
     if ratios:
@@ -52,10 +52,13 @@ def _bars(cells: Cells) -> Iterator[Bar]:
         for metric, name in _PARTS:
             found = metric.over(runs)
             if found is not None:
-                words = metric.title.partition(": ")[2]
-                parts.append((found.median, name, f"{cell_name(key)}, {words}: {with_spread(found, 's')}"))
+                parts.append((found.median, name, f"{cell_name(key)}, {_short(metric)}: {with_spread(found, 's')}"))
         if parts and key.workload == "tail":
             yield Bar(cell_name(key), seconds(sum(length for length, _, _ in parts)), "c1", parts)
+
+
+def _short(metric: metrics.Metric) -> str:
+    return metric.title.removeprefix("weights: ")
 
 
 def _rows(cells: Cells) -> Iterator[tuple[str, ...]]:
