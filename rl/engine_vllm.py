@@ -29,6 +29,7 @@ _one_forward_pass = threading.Lock()
 """vLLM keeps the context of a forward pass, and the config of an engine that is being made, once for the process: two
 engines at the same time would compute with each other's."""
 
+_MOST_TOKENS_OF_A_STEP = 2048
 _BLOCK_TOKENS = 32
 """Keys and values are cached and shared in pieces of so many tokens."""
 
@@ -80,7 +81,13 @@ class VllmDriver:
         self._deliver = deliver
         self._turns: dict[str, _Turn | None] = {}
         """By the engine's name of the request; None for one to be scored."""
-        on_cpu: dict[str, Any] = {"kv_cache_memory_bytes": int(config.cache_gb * 2**30), "block_size": _BLOCK_TOKENS}
+        on_cpu: dict[str, Any] = {
+            "kv_cache_memory_bytes": int(config.cache_gb * 2**30),
+            "block_size": _BLOCK_TOKENS,
+            # Between pieces of a prompt vLLM winds a request's random numbers back, which a CPU's generator refuses.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(_MOST_TOKENS_OF_A_STEP, config.max_model_tokens),
+        }
         with _one_forward_pass:
             self._engine = LLMEngine.from_engine_args(
                 EngineArgs(

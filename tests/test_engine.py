@@ -123,6 +123,16 @@ async def test_a_seed_samples_the_same_whatever_else_runs(engine: Engine) -> Non
     assert together[4].token_ids != alone.token_ids
 
 
+async def test_more_prompts_at_once_than_one_step_takes(engine: Engine) -> None:
+    def longer(number: int) -> GenerateRequest:
+        prompt = (number + 5, *PROMPT * 5)
+        return _request(max_tokens=2).model_copy(update={"token_ids": prompt})
+
+    first, *_, last = await engine.submit([longer(number) for number in [1, *range(100), 1]])
+    assert (first.token_ids, first.finish) == (last.token_ids, last.finish)
+    assert len(first.token_ids) == 2
+
+
 async def test_a_turn_ends_where_its_stop_pattern_first_matches(engine: Engine) -> None:
     whole = await engine(_request(5))
     pattern = r"(?s)^.{12}"

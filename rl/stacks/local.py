@@ -42,9 +42,15 @@ class LocalStack:
 
     async def replace_generator(self, number: int, version: int) -> None:
         """Another engine in the place of one that broke down."""
-        await self.generators[number].close()
-        self.generators[number] = self._generator(number)
-        await self.generators[number].open(version)
+        generator = self._generator(number)
+        try:
+            await generator.open(version)
+        except BaseException:
+            await generator.close()
+            raise
+        # Until here, calls of the lost one say that it is lost.
+        lost, self.generators[number] = self.generators[number], generator
+        await lost.close()
 
     async def replace_trainer(self, folder: str) -> None:
         """Another trainer in the place of one that lost a process."""
