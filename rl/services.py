@@ -37,6 +37,9 @@ class ServiceSettings(Frozen):
     num_replicas: Annotated[int, Field(ge=1)] = 1
     num_spares: Annotated[int, Field(ge=0)] = 0
     """Processes that are ready to take the place of one that is lost."""
+    spare_delay_s: Annotated[float, Field(ge=0)] = 0
+    """From the moment in which a spare took a place until its successor begins, so that the two do not share cores
+    while the one that was a spare is being opened."""
     environment: dict[str, str] = {}
     """Variables that are set before a replica's process starts."""
     cpus: Annotated[float, Field(ge=0)] = 0
@@ -250,6 +253,7 @@ class ReplicaPool:
             else:
                 self._num_respawns += 1
                 await self._fill(place, replica)
+                await asyncio.sleep(self._settings.spare_delay_s)
                 self._add_spares()
                 return
 

@@ -9,11 +9,13 @@ Discovery is an actor too (`ServiceRegistry`), which any process of the mesh rea
 import asyncio
 import logging
 import os
+import socket
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 
+from rl.process_end import process_end
 from rl.services import Replica, ReplicaLost, ReplicaPool, Service, ServiceSettings, Worker, WorkerCalls
 
 # How often Monarch looks whether processes live. It reads the variable when it is imported, so this module comes first.
@@ -35,6 +37,7 @@ from monarch.actor import (
 )
 
 _STOP_TIMEOUT_S = 15.0
+_LAST_WORDS_S = 0.5
 _REGISTRY = "service_registry"
 
 
@@ -63,9 +66,12 @@ class Process(Actor):  # type: ignore[misc]  # Monarch has no types
 class MonarchReplica:
     """Reference to an actor of this kind, from any process of the mesh."""
 
-    def __init__(self, name: str, actor: Any) -> None:
+    def __init__(self, name: str, actor: Any, host: str = "", pid: int = 0) -> None:
+        """`host` and `pid` say where its process is, if it has one of its own."""
         self.name = name
         self._actor = actor
+        self._host = host
+        self._pid = pid
 
     async def call(self, method: str, *arguments: Any) -> Any:
         """What the worker's method returns or raises; a task that is cancelled ends it there too.
@@ -74,15 +80,41 @@ class MonarchReplica:
         """
         call_id = uuid.uuid4().hex
         try:
-            return await self._actor.invoke.call_one(call_id, method, arguments)
-        except asyncio.CancelledError:
-            with suppress(SupervisionError):
-                self._actor.forget.broadcast(call_id)
-            raise
+            reply = asyncio.ensure_future(_reply(self._actor.invoke.call_one(call_id, method, arguments)))
+            try:
+                await self._reply_or_end(reply)
+            except asyncio.CancelledError:
+                reply.cancel()
+                with suppress(SupervisionError):
+                    self._actor.forget.broadcast(call_id)
+                raise
+            return reply.result()
         except ActorError as error:
             raise error.exception from None
         except SupervisionError as error:
             raise ReplicaLost(f"`{self.name}` is gone: {str(error).splitlines()[-1].strip()}") from None
+
+    async def _reply_or_end(self, reply: "asyncio.Task[Any]") -> None:
+        """Until the reply is there. Raises `ReplicaLost` where the process ends first.
+
+        Monarch finds that out too, but where it has just asked the process something it waits 30 s for the answer.
+        """
+        if self._host != socket.gethostname():
+            await asyncio.wait((reply,))
+            return
+        with process_end(self._pid) as end:
+            await asyncio.wait((reply, end), return_when=asyncio.FIRST_COMPLETED)
+        if not reply.done():
+            # Monarch knows how the process ended, if it knows at all by now; and a reply may be on its way.
+            await asyncio.wait((reply,), timeout=_LAST_WORDS_S)
+        if not reply.done():
+            reply.add_done_callback(lambda done: done.cancelled() or done.exception())
+            raise ReplicaLost(f"`{self.name}` is gone: its process {self._pid} has ended")
+
+
+async def _reply(future: Any) -> Any:
+    """Monarch's futures can be awaited but are no coroutines."""
+    return await future
 
 
 class _Host:
@@ -97,8 +129,9 @@ class _Host:
         command = default_bootstrap_cmd().with_env(self._settings.environment)
         processes = this_host().spawn_procs(per_host={"procs": 1}, name=f"{name}_procs", bootstrap_command=command)
         mesh = processes.spawn(name, Process, self._worker)
-        self._started[name] = processes, psutil.Process(await mesh.pid.call_one())
-        return MonarchReplica(name, mesh)
+        pid: int = await mesh.pid.call_one()
+        self._started[name] = processes, psutil.Process(pid)
+        return MonarchReplica(name, mesh, socket.gethostname(), pid)
 
     async def stop(self, replica: Replica) -> None:
         if replica.name in self._started:

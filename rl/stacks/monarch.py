@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 _OPEN_TIMEOUT_S = 900.0
 """For a process with all its imports, a model that has to be downloaded, and an engine."""
 _CLOSE_TIMEOUT_S = 15.0
+_OPENING_S = 10.0
+"""A generator whose process is ready is open by then."""
 _MOST_OPENINGS = 3
 """Processes in a row that may be lost while they open."""
 
@@ -202,7 +204,7 @@ async def open_generators(
     config: RunConfig, model: str, weights: "WeightStoreHandle"
 ) -> AsyncIterator[MonarchGenerators]:
     """All generators, their service and its spare."""
-    settings = ServiceSettings(num_replicas=config.num_generators, num_spares=1)
+    settings = ServiceSettings(num_replicas=config.num_generators, num_spares=1, spare_delay_s=_OPENING_S)
     async with _service(config, "generator", settings) as service:
         generators = MonarchGenerators(config, model, weights, service)
         try:
