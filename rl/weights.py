@@ -88,9 +88,7 @@ class Manifest(Frozen):
 
     def pack(self, state: Mapping[str, Tensor], buffer: Tensor) -> None:
         """Copy the tensors of a state dict into `buffer`."""
-        with torch.no_grad():
-            for name, view in self.views(buffer).items():
-                view.copy_(state[name])
+        pack(state, self.views(buffer))
 
 
 class Header(Frozen):
@@ -149,6 +147,13 @@ class WeightStoreHandle(Frozen):
     """A file, a folder or the name of an actor, as the transport has it."""
     mailbox: Any = Field(None, repr=False)
     """The Monarch actor that knows the buffers (`monarch_rdma` alone)."""
+
+
+def pack(state: Mapping[str, Tensor], views: Mapping[str, Tensor]) -> None:
+    """Copy the tensors of a state dict into those of the same names."""
+    with torch.no_grad():
+        for name, view in views.items():
+            view.copy_(state[name])
 
 
 def open_writer(handle: WeightStoreHandle, manifest: Manifest) -> WeightWriter:

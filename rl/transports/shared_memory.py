@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rl.weights import NUM_SLOTS, Header, Manifest, Pulled, TornRead, WeightsMissing, WeightStoreHandle
+from rl.weights import NUM_SLOTS, Header, Manifest, Pulled, TornRead, WeightsMissing, WeightStoreHandle, pack
 
 _FILE = struct.Struct("<8sQQq")
 """Magic, bytes of the manifest, bytes of a buffer, number of the newest slot (-1: none)."""
@@ -86,15 +86,17 @@ class _Slot:
     def __init__(self, memory: mmap.mmap, start: int, manifest: Manifest) -> None:
         self._memory = memory
         self._start = start
-        self.buffer = torch.frombuffer(memory, dtype=torch.uint8, count=manifest.num_bytes, offset=start + _HEADER_ROOM)
+        buffer = torch.frombuffer(memory, dtype=torch.uint8, count=manifest.num_bytes, offset=start + _HEADER_ROOM)
+        # Once for all versions: for a small model, making them takes longer than copying its weights.
+        self.tensors = manifest.views(buffer)
 
-    def write(self, header: Header, manifest: Manifest, state: Mapping[str, Tensor]) -> None:
+    def write(self, header: Header, state: Mapping[str, Tensor]) -> None:
         text = header.model_dump_json().encode()
         if len(text) > _HEADER_ROOM - _SLOT.size:
             raise ValueError(f"the header of version {header.version} has {len(text)} bytes, at most {_HEADER_ROOM}")
         _SLOT.pack_into(self._memory, self._start, header.version, -1, len(text))
         self._memory[self._start + _SLOT.size : self._start + _SLOT.size + len(text)] = text
-        manifest.pack(state, self.buffer)
+        pack(state, self.tensors)
         _SLOT.pack_into(self._memory, self._start, header.version, header.version, len(text))
 
     def versions(self) -> tuple[int, int]:
@@ -112,8 +114,8 @@ class _Slot:
 
 
 class _PulledSlot(Pulled):
-    def __init__(self, slot: _Slot, header: Header, manifest: Manifest) -> None:
-        super().__init__(header, manifest.views(slot.buffer), manifest.num_bytes)
+    def __init__(self, slot: _Slot, header: Header, num_bytes: int) -> None:
+        super().__init__(header, slot.tensors, num_bytes)
         self._slot = slot
 
     def check(self) -> None:
@@ -136,7 +138,7 @@ class Writer:
     def snapshot(self, header: Header, state: Mapping[str, Tensor]) -> None:
         """Into the oldest slot; the trainer waits for one copy of the bytes."""
         number = (self._mapped.newest + 1) % NUM_SLOTS
-        self._mapped.slots[number].write(header, self._mapped.manifest, state)
+        self._mapped.slots[number].write(header, state)
         self._written = number
 
     async def push(self) -> int:
@@ -165,7 +167,7 @@ class Reader:
         header = mapped.slots[newest].header()
         if header.version < version:
             raise WeightsMissing(f"`{self._path}` has version {header.version}, wanted {version} or newer")
-        return _PulledSlot(mapped.slots[newest], header, mapped.manifest)
+        return _PulledSlot(mapped.slots[newest], header, mapped.manifest.num_bytes)
 
     def close(self) -> None:
         """Unmap."""
