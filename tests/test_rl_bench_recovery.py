@@ -1,5 +1,7 @@
 """Recovery as the benchmark measures it: a run that outlives a generator, and what became of its groups."""
 
+from pathlib import Path
+
 import pytest
 
 from rl.bench.config import BenchConfig
@@ -18,13 +20,13 @@ def test_groups_that_vanished_and_groups_trained_on_again_are_counted() -> None:
     assert fates(RunState(update=2, cursor=6, unfinished=(4,), ledger=whole)) == (0, 1)
 
 
-def test_what_has_no_process_of_its_own_is_not_killed() -> None:
-    found = measure_recovery(BenchConfig(), "local", "generator", 0)
+def test_what_has_no_process_of_its_own_is_not_killed(tmp_path: Path) -> None:
+    found = measure_recovery(BenchConfig(), "local", "generator", 0, tmp_path)
     assert "in the process of the run" in found.error and found.back_s == 0
 
 
 @pytest.mark.timeout(600)
-def test_a_generator_comes_back_and_nothing_is_lost_or_doubled(quick_model: str) -> None:
+def test_a_generator_comes_back_and_nothing_is_lost_or_doubled(quick_model: str, tmp_path: Path) -> None:
     config = BenchConfig(
         model=quick_model,
         groups_per_update=2,
@@ -34,7 +36,7 @@ def test_a_generator_comes_back_and_nothing_is_lost_or_doubled(quick_model: str)
         cache_gb=0.05,
         cell_timeout_s=500,
     )
-    found = measure_recovery(config, "monarch", "generator", 3)
+    found = measure_recovery(config, "monarch", "generator", 3, tmp_path)
     assert not found.error
     assert (found.samples_lost, found.samples_doubled, found.repeated_updates) == (0, 0, 0)
     assert 0 < found.back_s <= found.next_update_s

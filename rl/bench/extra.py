@@ -3,6 +3,7 @@
 ExtraRequest -> peer_trl | transports | recovery | simulate -> Extra
 """
 
+from pathlib import Path
 from typing import Literal
 
 from rl.bench.child import answer
@@ -16,6 +17,8 @@ class ExtraRequest(Frozen):
 
     part: Literal["peers", "transports", "recovery", "simulation"]
     config: BenchConfig
+    folder: str = ""
+    """Where what is said meanwhile is kept."""
     seed: int = 0
     repeat: int = 0
     stack: str = ""
@@ -35,12 +38,12 @@ class Extra(Frozen):
 
 def measure(request: ExtraRequest) -> Extra:
     """Dispatch."""
-    config = request.config
+    config, folder = request.config, Path(request.folder)
     match request.part:
         case "peers":
             from rl.bench.peer_trl import run_peer
 
-            return Extra(runs=(run_peer(config, request.seed, request.repeat),))
+            return Extra(runs=(run_peer(config, request.seed, request.repeat, folder),))
         case "transports":
             from rl.bench.transports import measure_transports
 
@@ -48,7 +51,7 @@ def measure(request: ExtraRequest) -> Extra:
         case "recovery":
             from rl.bench.recovery import measure_recovery
 
-            return Extra(recoveries=(measure_recovery(config, request.stack, request.killed, request.seed),))
+            return Extra(recoveries=(measure_recovery(config, request.stack, request.killed, request.seed, folder),))
         case "simulation":
             from rl.bench.simulate import simulate
 

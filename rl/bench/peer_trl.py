@@ -34,23 +34,26 @@ class PeerRequest(Frozen):
     """Where the trainer may write."""
 
 
-def run_peer(config: BenchConfig, seed: int, repeat: int, order: int = 0) -> CellRun:
-    """The cell's run, with the reason in `error` where it has no numbers. The first one makes the environment."""
+def run_peer(config: BenchConfig, seed: int, repeat: int, folder: Path, order: int = 0) -> CellRun:
+    """The cell's run, with the reason in `error` where it has no numbers. What it says is kept in `folder`.
+
+    The first one makes the environment.
+    """
     run = CellRun(key=PEER, seed=seed, repeat=repeat, order=order, load_before=os.getloadavg()[0])
     trainer, generators = cores_of(config)
     cores = sorted({*trainer, *(core for each in generators for core in each)})
     try:
         python, model = peer_python(), prepare(config.model, seed)
-        with tempfile.TemporaryDirectory(prefix="orchestrate-trl-") as folder:
+        with tempfile.TemporaryDirectory(prefix="orchestrate-trl-") as temporary:
             # A path to our own packages would put them before TRL's.
-            modules = Path(folder, "modules")
+            modules = Path(temporary, "modules")
             modules.mkdir()
             (modules / "rl").symlink_to(Path(__file__).parents[1])
             apart = measure_apart(
                 "rl.bench.peer_trl_run",
-                PeerRequest(config=config, run=run, model_folder=model.path, cores=tuple(cores), folder=folder),
+                PeerRequest(config=config, run=run, model_folder=model.path, cores=tuple(cores), folder=temporary),
                 CellRun,
-                Path(folder, "apart"),
+                folder / "run",
                 config.cell_timeout_s,
                 python=python,
                 environment=_environment(modules, len(cores)),

@@ -39,8 +39,8 @@ def can_be_killed(stack: str, killed: Killed) -> bool:
     return stack != "local" or killed == "trainer"
 
 
-def measure_recovery(config: BenchConfig, stack: str, killed: Killed, seed: int) -> Recovery:
-    """What happened, with the reason in `error` where there are no numbers."""
+def measure_recovery(config: BenchConfig, stack: str, killed: Killed, seed: int, folder: Path) -> Recovery:
+    """What happened, with the reason in `error` where there are no numbers. What the run says is kept in `folder`."""
     nothing = Recovery(
         stack=stack,
         killed=killed,
@@ -54,16 +54,14 @@ def measure_recovery(config: BenchConfig, stack: str, killed: Killed, seed: int)
     if not can_be_killed(stack, killed):
         return nothing.model_copy(update={"error": f"stack `{stack}` has its {killed} in the process of the run"})
     try:
-        with tempfile.TemporaryDirectory(prefix="orchestrate-recovery-") as folder:
+        with tempfile.TemporaryDirectory(prefix="orchestrate-recovery-") as temporary:
             request = RecoveryRequest(
                 config=recovery_config(config, stack, seed),
                 killed=killed,
                 kill_after=_KILL_AFTER,
-                folder=str(Path(folder, "run")),
+                folder=temporary,
             )
-            apart = measure_apart(
-                "rl.bench.recovery_run", request, Recovery, Path(folder, "apart"), config.cell_timeout_s
-            )
+            apart = measure_apart("rl.bench.recovery_run", request, Recovery, folder / "run", config.cell_timeout_s)
             return asyncio.run(apart)
     except (ChildFailed, OSError) as failure:
         return nothing.model_copy(update={"error": str(failure)})

@@ -21,12 +21,13 @@ from rl.bench.earlier import Earlier
 from rl.bench.extra import Extra, ExtraRequest
 from rl.bench.machine import commit, load, machine
 from rl.bench.progress import Progress, Report
+from rl.bench.recovery import Killed, can_be_killed
 from rl.bench.results import CalibrationRun, CellKey, CellRun, Recovery, Results, Simulation, Transport
 
 RESULTS, REPORT = "results.json", "report.html"
 
 _EXTRA_TIMEOUT_S = 1800.0
-_KILLED = ("generator", "trainer")
+_KILLED: tuple[Killed, ...] = ("generator", "trainer")
 
 
 class Bench:
@@ -152,6 +153,7 @@ class Bench:
         if request.part == "simulation":
             request = request.model_copy(update={"results": self.results})
         folder = self._place(len(self._measurements) + order, label)
+        request = request.model_copy(update={"folder": str(folder.absolute())})
         try:
             found = await measure_apart("rl.bench.extra", request, Extra, folder, _EXTRA_TIMEOUT_S)
         except ChildFailed as failed:
@@ -197,7 +199,7 @@ def _extras(config: BenchConfig) -> Iterator[ExtraRequest]:
     if "recovery" in config.parts:
         for seed in config.seeds:
             for stack in config.stacks:
-                for killed in _KILLED:
+                for killed in (one for one in _KILLED if can_be_killed(stack, one)):
                     yield ExtraRequest(part="recovery", config=config, seed=seed, stack=stack, killed=killed)
     if "simulation" in config.parts:
         yield ExtraRequest(part="simulation", config=config)
