@@ -6,11 +6,9 @@ Nothing heavy is imported before `open`.
 """
 
 import asyncio
-import json
 import math
 import os
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rl.config import RunConfig
@@ -53,7 +51,6 @@ class GeneratorHost:
         from rl.weights import open_reader
 
         self._tokenizer = await asyncio.to_thread(load_tokenizer, self._model_folder)
-        self._vocabulary_size = int(json.loads(Path(self._model_folder, "config.json").read_text())["vocab_size"])
         self._engine = await open_engine(
             self._config.engine,
             self._model_folder,
@@ -93,7 +90,7 @@ class GeneratorHost:
                 parity = math.nan
                 if self._config.engine.emulation is None:
                     limit = self._config.engine.parity_limit
-                    parity = await check_parity(self._engine, header, self._vocabulary_size, limit)
+                    parity = await check_parity(self._engine, header, self._tokenizer, limit)
             except EngineClosed as closed:
                 raise PartLost(f"generator {self._number}: {closed}") from closed
         return Loaded(

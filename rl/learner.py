@@ -62,6 +62,7 @@ class Learner:
             self._parameters, lr=self._config.learning_rate, weight_decay=self._config.weight_decay
         )
         self._updates = 0
+        self._probe = probe_tokens(load_tokenizer(model_folder))
         self.version = 0
         """Of the weights as they are now."""
         if folder:
@@ -90,7 +91,7 @@ class Learner:
 
     def probe(self) -> tuple[float, ...]:
         """Log-probabilities of `probe_tokens`, which an engine with the same weights must agree with."""
-        return self.logprobs(probe_tokens(self._policy.model.config.vocab_size))
+        return self.logprobs(self._probe)
 
     def logprobs(self, token_ids: Sequence[int]) -> tuple[float, ...]:
         """Natural log-probabilities at temperature 1 of a conversation's tokens, but for the first."""

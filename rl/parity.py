@@ -11,15 +11,16 @@ log-probabilities are the trainer's.
 from rl.engine import Engine
 from rl.generate import GenerateRequest
 from rl.stack import ParityError
+from rl.tokenizer import Tokenizer
 from rl.weights import Header, largest_difference, probe_tokens
 
 _SAMPLED_TOKENS = 8
 _NEVER = r"(?!)"
 
 
-async def check_parity(engine: Engine, header: Header, vocabulary_size: int, limit: float) -> float:
+async def check_parity(engine: Engine, header: Header, tokenizer: Tokenizer, limit: float) -> float:
     """Largest difference in nats. Raises `ParityError` above `limit`."""
-    tokens = probe_tokens(vocabulary_size)
+    tokens = probe_tokens(tokenizer)
     fixed = largest_difference(header.probe, await engine.score(tokens))
     request = GenerateRequest(
         token_ids=tokens, max_tokens=_SAMPLED_TOKENS, temperature=1, seed=header.version, stop_pattern=_NEVER

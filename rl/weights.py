@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rl.config import TransportName
+from rl.tokenizer import Tokenizer, encode_messages
 from rl.types import Frozen
 
 NUM_SLOTS = 3
@@ -168,10 +169,15 @@ def open_reader(handle: WeightStoreHandle) -> WeightReader:
     return reader
 
 
-def probe_tokens(vocabulary_size: int, length: int = 24) -> tuple[int, ...]:
-    """The sequence of token ids that trainer and engine score to be compared; the same for the same vocabulary."""
-    # Multiples of a large prime meet tokens from all over the vocabulary.
-    return tuple((7 + number * 2_654_435_761) % vocabulary_size for number in range(length))
+def probe_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """A conversation that trainer and engine score to be compared; always the same for a tokenizer.
+
+    Text that a model expects: on tokens at random, float32 itself may be wrong by more than the limit of the
+    comparison. A normalised log-probability depends on the whole head, whatever the token.
+    """
+    asked = encode_messages(tokenizer, [{"role": "user", "content": "What is the zorplex value of 'cat'?"}])
+    answered = tokenizer.encode("LOOKUP[cat]\n[Result: 42]\n[ANSWER] 42", add_special_tokens=False)
+    return (*asked, *answered)
 
 
 def largest_difference(expected: Sequence[float], found: Sequence[float]) -> float:

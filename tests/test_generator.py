@@ -54,7 +54,7 @@ class Store:
 
         from rl.weights import Header, probe_tokens
 
-        tokens = torch.tensor(probe_tokens(len(TOKENIZER)))
+        tokens = torch.tensor(probe_tokens(TOKENIZER))
         with torch.inference_mode():
             logits = self.models[model if probe_of is None else probe_of](input_ids=tokens[None]).logits[0, :-1]
         probe = torch.log_softmax(logits, -1).gather(-1, tokens[1:, None])[:, 0]
@@ -124,14 +124,14 @@ async def test_a_head_that_stays_on_old_weights_is_caught(store: Store) -> None:
     try:
         import torch
 
-        tokens = torch.tensor(probe_tokens(len(TOKENIZER)))
+        tokens = torch.tensor(probe_tokens(TOKENIZER))
         model = store.models[1]
         with torch.inference_mode():
             logprobs = torch.log_softmax(model(input_ids=tokens[None]).logits[0, :-1], -1)
         probe = tuple(logprobs.gather(-1, tokens[1:, None])[:, 0].tolist())
         await engine.swap({name: t for name, t in model.state_dict().items() if name != "lm_head.weight"}, 1)
         with pytest.raises(ParityError, match=r"fixed tokens: [0-9]\.[0-9]+\n"):
-            await check_parity(engine, Header(version=1, probe=probe), len(TOKENIZER), 1e-4)
+            await check_parity(engine, Header(version=1, probe=probe), TOKENIZER, 1e-4)
     finally:
         await engine.close()
 

@@ -88,7 +88,7 @@ async def pulled_model(store: WeightStoreHandle, model_folder: str, version: int
 
 
 def scores(model: Any) -> list[float]:
-    tokens = torch.tensor(probe_tokens(len(TOKENIZER)))
+    tokens = torch.tensor(probe_tokens(TOKENIZER))
     with torch.no_grad():
         table = model(input_ids=tokens[None]).logits[0, :-1].log_softmax(-1)
     found: list[float] = table.gather(-1, tokens[1:, None])[:, 0].tolist()

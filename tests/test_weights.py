@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from rl.tokenizer import TinyTokenizer
 from rl.transports import file, shared_memory
 from rl.weights import (
     NUM_SLOTS,
@@ -153,10 +154,11 @@ def test_stores_of_dead_owners_are_removed() -> None:
     assert not Path(left.strip()).exists()
 
 
-def test_the_probe_covers_the_vocabulary_and_knows_what_differs() -> None:
-    assert probe_tokens(100) == probe_tokens(100)
-    assert len(set(probe_tokens(50_000))) == 24 and max(probe_tokens(50_000)) > 25_000
-    assert all(0 <= token < 300 for token in probe_tokens(300))
+def test_the_probe_is_a_conversation_and_knows_what_differs() -> None:
+    tokenizer = TinyTokenizer()
+    tokens = probe_tokens(tokenizer)
+    assert tokens == probe_tokens(tokenizer)
+    assert "[ANSWER] 42" in tokenizer.decode(tokens)
     assert largest_difference((-1.0, -2.0), (-1.0, -2.5)) == 0.5
     assert largest_difference((-1.0,), (float("nan"),)) == float("inf")
     assert largest_difference((-1.0,), ()) == float("inf")
