@@ -1,11 +1,13 @@
 """Models by name: made, found or downloaded as a folder that both transformers and vLLM load.
 
     prepare("tiny" | "smollm2" | folder | hub id) -> ModelFolder(config.json, model.safetensors, tokenizer)
+        -> prepare_warm (a few traces of the oracle) -> ModelFolder
         -> load_model -> learner, HF engine      load_tokenizer -> rollouts      the folder -> vLLM
 
 Light until something is loaded.
 """
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -53,6 +55,25 @@ def prepare(model: str, seed: int = 0) -> ModelFolder:
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     return ModelFolder(path=str(_checked(Path(snapshot_download(model, allow_patterns=patterns)))))
+
+
+def prepare_warm(model: str, num_traces: int, seed: int = 0) -> ModelFolder:
+    """The model, taught the form of the task `simple` by a few traces of the oracle; `seed` is of the traces.
+
+    For models whose own rewards are too rare to learn from. Raises as `prepare` does.
+    """
+    from rl.warm_start import first_words, warm_start
+
+    recipe = first_words(num_traces)
+    base = prepare(model, seed).path
+
+    def make(folder: Path) -> None:
+        taught, tokenizer = load_model(base), load_tokenizer(base)
+        warm_start(taught, tokenizer, seed, recipe)
+        save_model(taught, tokenizer, str(folder))
+
+    made_of = hashlib.sha256(f"{base} {recipe.model_dump_json()}".encode()).hexdigest()[:12]
+    return ModelFolder(path=str(made_once(f"{Path(base).name}-warm-{seed}-{made_of}", make)))
 
 
 def load_model(path: str) -> "torch.nn.Module":

@@ -50,6 +50,18 @@ RECIPE = WarmStart(
 )
 
 
+def first_words(num_traces: int) -> WarmStart:
+    """A lesson for a model that speaks already: the form of the task `simple`, and little more."""
+    return WarmStart(
+        lessons=((Task(name="simple"), num_traces),),
+        haste=0.5,
+        steps=max(1, num_traces // 2),
+        batch_size=min(8, num_traces),
+        learning_rate=2e-5,
+        warmup_steps=2,
+    )
+
+
 _SUM = re.compile(r"(\d+) \+ (\d+) = \d+\. ")
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rl.model_cache import cache_folder, made_once
-from rl.models import load_model, load_tokenizer, prepare, save_model
+from rl.models import load_model, load_tokenizer, prepare, prepare_warm, save_model
 from rl.prompts import split_of
 from rl.tiny import make_tiny, new_tiny, tiny_name
 from rl.tokenizer import TinyTokenizer
@@ -131,6 +131,19 @@ def test_answers_in_columns_are_right() -> None:
 
 def test_another_recipe_is_another_model() -> None:
     assert len({tiny_name(0), tiny_name(1), tiny_name(0, SHORT)}) == 3
+
+
+def test_a_few_traces_teach_a_model_once(tmp_path: Path) -> None:
+    save_model(new_tiny(0), TinyTokenizer(), str(tmp_path / "base"))
+    base = str(tmp_path / "base")
+    taught = prepare_warm(base, 4).path
+    assert taught != base
+    before, after = (next(load_model(path).parameters()) for path in (base, taught))
+    assert not torch.equal(before, after)
+    written = Path(taught, "config.json").stat().st_mtime_ns
+    assert prepare_warm(base, 4).path == taught
+    assert Path(taught, "config.json").stat().st_mtime_ns == written
+    assert len({taught, prepare_warm(base, 2).path, prepare_warm(base, 4, seed=1).path}) == 3
 
 
 @pytest.mark.parametrize("model", ["./nowhere", "/nowhere", "no-such-model", "a/b/c"])

