@@ -27,7 +27,9 @@ class BenchConfig(Frozen):
     """One benchmark."""
 
     stacks: Annotated[list[BenchStack], Field(min_length=1)] = ["local", "ray", "monarch", "hybrid"]
+    """What hosts trainer and generators."""
     modes: Annotated[list[Mode], Field(min_length=1)] = list(ALL_MODES)
+    """How the two take turns, or do not."""
     parts: Annotated[list[Part], Field(min_length=1)] = list(ALL_PARTS)
     """What is measured. All that needs cells is calibrated first."""
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0, 1, 2]
@@ -46,10 +48,13 @@ class BenchConfig(Frozen):
     task: Task = Task(name="simple")
     """Asks the questions of both workloads."""
     groups_per_update: Annotated[int, Field(ge=1)] = 4
+    """Prompts of one update."""
     group_size: Annotated[int, Field(ge=1)] = 8
+    """Samples of one prompt."""
     groups_in_flight: Annotated[int, Field(ge=1)] = 8
     """Most groups that the generators sample at a time, each of them."""
     num_generators: Annotated[int, Field(ge=1)] = 1
+    """Engines that sample at once."""
     lengths: LengthTail = LengthTail()
     """Of the samples of the workload `tail`."""
     max_tokens: Annotated[int, Field(ge=16)] = 320
@@ -63,9 +68,11 @@ class BenchConfig(Frozen):
     staleness: Annotated[int, Field(ge=2)] = 4
     """`max_staleness` of the mode `async`."""
     stale_policy: Literal["pace", "drop"] = "pace"
+    """Wait before a group would become too stale, or sample ahead and drop what did."""
     sweep: list[Annotated[int, Field(ge=0)]] = [0, 1, 2, 4]
     """`max_staleness` of the cells of the part `sweep`."""
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4
+    """Of AdamW."""
     cores: list[Annotated[int, Field(ge=0)]] | None = None
     """The trainer has the first, the generators the others; by default the first two that this process may use, or one
     more for each further generator."""
@@ -80,7 +87,8 @@ class BenchConfig(Frozen):
     emulated_learner: LearnerEmulation = LearnerEmulation()
     """The device of the trainer, where accelerators are emulated, and the size of the weights."""
     quick: bool = False
-    """The numbers are from a short run, and say little about the machine."""
+    """The numbers are from a short run, and say little about the machine; the part `learning` is on the first stack
+    alone."""
 
     @model_validator(mode="before")
     @classmethod
@@ -92,15 +100,15 @@ class BenchConfig(Frozen):
 
     @classmethod
     def short(cls) -> Self:
-        """What `--quick` is: everything once, in five minutes on two cores."""
+        """What `--quick` is: two stacks, two modes, and a little of the rest, in five minutes on two cores."""
         return cls(
             quick=True,
             stacks=["local", "ray"],
             modes=["sync", "async"],
             parts=["matrix", "learning", "transports", "simulation"],
             seeds=[0],
-            updates=8,
-            warmup_updates=3,
-            learning_updates=8,
+            updates=6,
+            warmup_updates=2,
+            learning_updates=10,
             cell_timeout_s=120.0,
         )
