@@ -1,6 +1,7 @@
 """The benchmark of RL: what is measured, in which order, what comes of it, and a whole short one."""
 
 import asyncio
+import io
 import json
 import os
 import signal
@@ -9,16 +10,19 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import asynccontextmanager
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge.cli.main import main
+from bridge.cli.rl_bench_view import BenchView
 from rl.bench.bound import bound, most_speedup, weights_s
 from rl.bench.bounded import bounded
 from rl.bench.cells import CalibrationKey, calibration_of, calibrations, cells, cores_of, run_config, schedule
@@ -28,7 +32,9 @@ from rl.bench.earlier import Earlier
 from rl.bench.intervals import length_s, union
 from rl.bench.measure import RunFacts, measured, together
 from rl.bench.meter import Meter
+from rl.bench.progress import Progress
 from rl.bench.results import Calibration, CalibrationRun, CellKey, CellRun, Machine, Results
+from rl.bench.run import RESULTS
 from rl.config import EngineConfig, EngineName, LearnerConfig, RunConfig
 from rl.lengths import LengthTail
 from rl.metrics import RunEvent, UpdateRecord
@@ -40,7 +46,12 @@ from rl.stack import open_stack as open_real_stack
 from rl.stacks.scripted import Script, ScriptedStack
 from rl.train import train
 from rl.types import Batch, Mismatch, TrainMetrics
+from steps import StepError
+from steps.rl_bench import Params
+from steps.rl_bench import run as run_step
 
+_MOST_OWN_LOAD = 2.5
+"""Load average that the benchmark itself leaves from its run before."""
 PARTS = Calibration(
     generate_saturated_s=0.8,
     generate_batch_s=1.5,
@@ -279,23 +290,30 @@ def test_a_child_does_not_outlive_its_parent(tmp_path: Path) -> None:
     assert gone and not alive
 
 
-def test_what_was_measured_before_is_found_by_what_is_asked_for(tmp_path: Path) -> None:
-    config = BenchConfig(seeds=[0])
-    cell, *_ = [one for one in schedule(config) if isinstance(one.key, CellKey)]
-    calibration, *_ = schedule(config)
-    assert isinstance(cell.key, CellKey) and isinstance(calibration.key, CalibrationKey)
-    good = CellRun(key=cell.key, seed=0, repeat=0, order=3, load_before=0)
-    bad = CalibrationRun(**calibration.key.model_dump(), seed=0, repeat=0, error="it broke")
-    results = Results(
-        started_at="2026-01-01",
+def _results(config: BenchConfig, error: str = "") -> Results:
+    """One measured cell, one calibration that failed where `error` says why."""
+    cell = next(one.key for one in schedule(config) if isinstance(one.key, CellKey))
+    calibration = next(one.key for one in schedule(config) if isinstance(one.key, CalibrationKey))
+    calibrated = CalibrationRun(**calibration.model_dump(), seed=0, repeat=0, error=error)
+    numbers = {"num_updates": 2, "update_s": (1.0, 3.0), "duration_s": 4.0, "trajectories": 64, "trained_tokens": 640}
+    return Results(
+        started_at="2026-01-01T00:00:00+00:00",
         duration_s=1,
         commit="",
         quick=False,
         config=config.model_dump(mode="json"),
         machine=Machine(processor="", num_cores=2, memory_bytes=1, system="", python="", versions={}),
-        runs=(good,),
-        calibrations=(bad,),
+        runs=(CellRun(key=cell, seed=0, repeat=0, order=3, load_before=0, **numbers),),
+        calibrations=(calibrated if error else calibrated.model_copy(update={"calibration": PARTS}),),
     )
+
+
+def test_what_was_measured_before_is_found_by_what_is_asked_for(tmp_path: Path) -> None:
+    config = BenchConfig(seeds=[0])
+    cell = next(one for one in schedule(config) if isinstance(one.key, CellKey))
+    calibration = next(one for one in schedule(config) if isinstance(one.key, CalibrationKey))
+    results = _results(config, error="it broke")
+    (good,) = results.runs
     assert results.num_failed == 1
     path = tmp_path / "results.json"
     path.write_text(results.model_dump_json())
@@ -344,6 +362,42 @@ def test_faults_of_the_settings_are_told(capsys: pytest.CaptureFixture[str], tmp
     assert not (tmp_path / "never").exists()
 
 
+def test_a_step_measures_only_what_is_missing(step_context: Callable[..., Any], tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"stacks": ["local"], "modes": ["sync"], "parts": ["matrix"], "seeds": [0]}
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / RESULTS).write_text(_results(BenchConfig(**settings, model="./nowhere")).model_dump_json())
+    with pytest.raises(StepError, match=r"there is no model `\./nowhere`"):
+        run_step(Params(**settings, model="./nowhere", folder="out", updates=3), step_context())
+    quick = {**settings, "model": str(_model_of_nothing(tmp_path))}
+    (folder / RESULTS).write_text(_results(BenchConfig(**quick)).model_dump_json())
+    outputs = run_step(Params(**quick, folder="out"), step_context())
+    assert outputs["num_runs"] == 1 and outputs["num_failed"] == 0
+    assert "| local sync" in outputs["table"]
+    assert Path(outputs["report"]).stat().st_size > 10_000 and outputs["results"] == str(folder / RESULTS)
+
+
+def _model_of_nothing(folder: Path) -> Path:
+    """A folder that is taken for a model as long as nobody loads it."""
+    (folder / "model").mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (folder / "model" / name).write_text("{}")
+    return folder / "model"
+
+
+def test_lines_stay_and_say_what_failed() -> None:
+    stream = io.StringIO()
+    view = BenchView(stream)
+    view.add(Progress(done=0, total=2, text="local sync"))
+    assert "0/2" in view.picture() and "local sync" in view.picture()
+    view.add(Progress(done=1, total=2, text="local sync: 1.2 s an update", found=True))
+    view.add(Progress(done=2, total=2, text="ray sync: it broke\x1b[2J", found=True, failed=True))
+    view.close()
+    first, second = stream.getvalue().splitlines()
+    assert first.endswith("[1/2] local sync: 1.2 s an update")
+    assert second.endswith("[2/2] failed  ray sync: it broke")
+
+
 @pytest.mark.timeout(600)
 def test_a_quick_benchmark_accounts_for_everything(quick_model: str, tmp_path: Path) -> None:
     """The whole command, with real models, on two stacks."""
@@ -364,15 +418,18 @@ def test_a_quick_benchmark_accounts_for_everything(quick_model: str, tmp_path: P
     assert json.loads(said)["measured"] == len(results.runs) and results.quick
     assert results.machine.num_cores and results.machine.versions["torch"] and not results.num_failed
     labels = {run.key.label: run for run in results.runs}
+    busy = max(run.load_before for run in results.runs) > _MOST_OWN_LOAD
     assert {"local sync", "local async", "ray sync", "ray async"} == set(labels)
     for run in results.runs:
         accounting = run.accounting
         assert accounting is not None and accounting.balanced, run.key.label
         assert accounting.generated == accounting.trained + accounting.wasted + accounting.in_flight
-        assert run.num_updates == 8 and run.wasted_share == 0
+        assert run.num_updates == 6 and run.wasted_share == 0
         assert max(run.staleness) <= run.key.max_staleness
-        # What the roles cannot do together they did not do: but for noise, nothing is faster than its bound.
-        assert run.efficiency is not None and 0 < run.efficiency <= 1.1, f"{run.key.label}: {run.efficiency}"
+        # Nothing is faster than its bound, but for the noise of short calibrations; where others compute on these cores
+        # at the same time, a calibration may have been slowed down more than its cell.
+        assert run.efficiency is not None and run.efficiency > 0
+        assert run.efficiency <= 1.1 or busy, f"{run.key.label}: {run.efficiency}"
         assert run.fresh is not None or run.stale is not None
         for kind in (run.fresh, run.stale):
             assert kind is None or kind.max_difference < 0.1

@@ -77,10 +77,10 @@ def cells(config: BenchConfig) -> list[CellKey]:
         for staleness in config.sweep:
             add("local", _mode(staleness), staleness=staleness)
     if "learning" in config.parts and not emulated:
-        for mode in config.modes:
-            if mode in ("sync", "async"):
-                for stack in config.stacks:
-                    add(stack, mode, workload="task")
+        learning: list[Mode] = [mode for mode in config.modes if mode in ("sync", "async")]
+        for mode in learning:
+            for stack in config.stacks[:1] if config.quick else config.stacks:
+                add(stack, mode, workload="task")
     return list(dict.fromkeys(found))
 
 
