@@ -65,7 +65,8 @@ class HfDriver:
         self._deliver = deliver
         self._model: Any = load_model(model_folder).to("cuda" if gpus else "cpu").eval().requires_grad_(False)
         # Where a turn ends is for us to say: behind this token transformers would go on with padding.
-        self._model.generation_config.eos_token_id = None
+        ends: Any = self._model.generation_config
+        ends.eos_token_id = None
         self._turns: dict[int, _Turn] = {}
         self._again = False
         """Whether the running batch is to be begun anew."""
