@@ -1,9 +1,10 @@
-"""`orchestrate rl`: reinforcement learning. See `rl_train`, `rl_eval`, `rl_model`, `rl_bench` and `rl_compare`."""
+"""`orchestrate rl`: reinforcement learning. See `rl_train`, `rl_eval`, `rl_curves`, `rl_model`, `rl_bench` and others."""
 
 import click
 
 from bridge.cli.rl_bench import bench
 from bridge.cli.rl_compare import compare_results
+from bridge.cli.rl_curves import curves
 from bridge.cli.rl_eval import evaluate
 from bridge.cli.rl_model import model
 from bridge.cli.rl_train import train
@@ -17,7 +18,7 @@ def rl() -> None:
     """
 
 
-for command in (train, evaluate, model, bench, compare_results):
+for command in (train, evaluate, curves, model, bench, compare_results):
     rl.add_command(command)
 
 COMMANDS = (rl,)
