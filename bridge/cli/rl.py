@@ -1,4 +1,4 @@
-"""`orchestrate rl`: reinforcement learning. See `rl_train`, `rl_eval`, `rl_curves`, `rl_model`, `rl_bench` and others."""
+"""`orchestrate rl`: reinforcement learning: train, evaluate, curves, models, the benchmark."""
 
 import click
 
