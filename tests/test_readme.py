@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from rl.run_curves import read_curve
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FENCES = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
@@ -53,7 +55,7 @@ def test_python_blocks_name_what_exists() -> None:
 
 @pytest.mark.temporal
 @pytest.mark.ray
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_commands_run_in_a_fresh_copy(tmp_path: Path) -> None:
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     files = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout
@@ -80,7 +82,7 @@ def test_commands_run_in_a_fresh_copy(tmp_path: Path) -> None:
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=840)
+        output, _ = process.communicate(timeout=1400)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)
@@ -89,6 +91,9 @@ def test_commands_run_in_a_fresh_copy(tmp_path: Path) -> None:
     assert (copy / "examples" / "output" / "packages.png").is_file(), output
     assert str(copy / "examples" / "output" / "packages.png") in output
     assert "hello you" in output
+    learned = read_curve(copy / "rl-runs" / "simple")
+    assert learned.rise >= 0.3, learned
+    assert learned.significant, learned
 
 
 @pytest.mark.docker
