@@ -46,6 +46,8 @@ class TransportProcess:
             "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
             "OMP_NUM_THREADS": "1",
             "OMP_WAIT_POLICY": "PASSIVE",
+            # Ray ends workers when the machine's memory is nearly full; here nobody takes more than was asked for.
+            "RAY_memory_monitor_refresh_ms": "0",
         }
         with theirs:
             self._process = subprocess.Popen(

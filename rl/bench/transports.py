@@ -7,7 +7,9 @@ One thread for each end, as a role with one core has it. What fails is written d
 
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Self
 
 import psutil
 
@@ -19,6 +21,7 @@ MEGABYTE = 1 << 20
 SIZES = tuple(size * MEGABYTE for size in (1, 4, 16, 64, 256, 1024))
 QUICK_SIZES = (1 * MEGABYTE, 16 * MEGABYTE)
 _ROUNDS = 3
+_STARTS_AT_ONCE = 4
 _LARGE_BYTES = 256 * MEGABYTE
 """From this size on, a process ends after its turn, so that the next one finds the memory free."""
 _MOST_COPIES = 9
@@ -33,25 +36,19 @@ def measure_transports(quick: bool, sizes: Sequence[int] = ()) -> list[Transport
     chosen = sorted(sizes or (QUICK_SIZES if quick else SIZES))
     found = _Found()
     small = [size for size in chosen if size < _LARGE_BYTES]
-    with ExitStack() as processes:
-        living: dict[LinkName, TransportProcess] = {}
-        for num_bytes in small:
-            for _ in range(_ROUNDS):
-                for name in LINKS:
-                    if found.failed(name, num_bytes):
-                        continue
-                    try:
-                        if name not in living:
-                            living[name] = processes.enter_context(TransportProcess(name, small[-1]))
-                        found.add(name, num_bytes, _turn(living[name], num_bytes))
-                    except TransportFailed as failure:
-                        found.fail(name, num_bytes, failure)
-                        living.pop(name, None)
+    if small:
+        with _Processes(small[-1]) as processes:
+            for num_bytes in small:
+                for _ in range(_ROUNDS):
+                    for name in found.left(num_bytes):
+                        try:
+                            found.add(name, num_bytes, _turn(processes[name], num_bytes))
+                        except TransportFailed as failure:
+                            found.fail(name, num_bytes, failure)
+                            processes.end(name)
     for num_bytes in chosen[len(small) :]:
         for _ in range(_ROUNDS):
-            for name in LINKS:
-                if found.failed(name, num_bytes):
-                    continue
+            for name in found.left(num_bytes):
                 try:
                     _check_memory(num_bytes)
                     with TransportProcess(name, num_bytes) as process:
@@ -59,6 +56,34 @@ def measure_transports(quick: bool, sizes: Sequence[int] = ()) -> list[Transport
                 except TransportFailed as failure:
                     found.fail(name, num_bytes, failure)
     return [found.transport(name, num_bytes) for num_bytes in chosen for name in LINKS]
+
+
+class _Processes:
+    """One for each transport, begun together; one that is ended begins anew when it is asked for."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes = most_bytes
+        self._living: dict[LinkName, TransportProcess] = {}
+
+    def __enter__(self) -> Self:
+        with ThreadPoolExecutor(_STARTS_AT_ONCE) as threads, suppress(TransportFailed):
+            list(threads.map(self.__getitem__, LINKS))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with ThreadPoolExecutor(_STARTS_AT_ONCE) as threads:
+            list(threads.map(self.end, list(self._living)))
+
+    def __getitem__(self, name: LinkName) -> TransportProcess:
+        """Raises `TransportFailed`."""
+        if name not in self._living:
+            self._living[name] = TransportProcess(name, self._most_bytes)
+        return self._living[name]
+
+    def end(self, name: LinkName) -> None:
+        """End it, if it lives."""
+        if name in self._living:
+            self._living.pop(name).close()
 
 
 class _Found:
@@ -72,8 +97,9 @@ class _Found:
     def fail(self, name: LinkName, num_bytes: int, failure: TransportFailed) -> None:
         self._errors[name, num_bytes] = str(failure)
 
-    def failed(self, name: LinkName, num_bytes: int) -> bool:
-        return (name, num_bytes) in self._errors
+    def left(self, num_bytes: int) -> list[LinkName]:
+        """Those that have not failed at this size."""
+        return [name for name in LINKS if (name, num_bytes) not in self._errors]
 
     def transport(self, name: LinkName, num_bytes: int) -> Transport:
         moves = self._moves[name, num_bytes]
