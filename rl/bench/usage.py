@@ -24,18 +24,13 @@ def cpu_s(processes: Mapping[str, int]) -> dict[Role, float]:
         by_thread = {one.id: one.user_time + one.system_time for one in own.threads()}
         found = {role: sum(by_thread.get(one, 0.0) for one in _threads(prefix)) for role, prefix in _THREADS.items()}
         return {**found, "loop": sum(by_thread.values()) - sum(found.values())}
-    of_roles = _trees(processes)
-    hosts = {pid for pids in of_roles.values() for pid in pids}
-    of_roles["loop"] = [one.pid for one in (own, *own.children(recursive=True)) if one.pid not in hosts]
-    return {role: sum(map(_cpu_s, pids)) for role, pids in of_roles.items()}
+    return {role: sum(map(_cpu_s, pids)) for role, pids in _processes(processes).items()}
 
 
 def peak_memory_bytes(processes: Mapping[str, int]) -> dict[Role, int]:
-    """The most that each role had in memory at once, shared memory included; roles that are threads of this process
-    count for `loop`."""
-    of_roles = {} if _are_threads(processes) else _trees(processes)
-    of_roles["loop"] = [os.getpid()]
-    return {role: sum(map(_peak_bytes, pids)) for role, pids in of_roles.items()}
+    """The most that each role had in memory, shared memory included; roles that are threads of this process count for
+    `loop`, and so do processes of a stack that host no part, such as a spare."""
+    return {role: sum(map(_peak_bytes, pids)) for role, pids in _processes(processes).items()}
 
 
 def usage(
@@ -56,17 +51,23 @@ def _threads(prefix: str) -> list[int]:
     return [one.native_id for one in threading.enumerate() if one.name.startswith(prefix) and one.native_id is not None]
 
 
-def _trees(processes: Mapping[str, int]) -> dict[Role, list[int]]:
-    """Role -> its processes and all that they started."""
+def _processes(processes: Mapping[str, int]) -> dict[Role, list[int]]:
+    """Role -> its processes and all that they started; `loop` has this one and what else it started."""
+    own = psutil.Process()
     found: dict[Role, list[int]] = {}
     for part, pid in processes.items():
-        role: Role = "trainer" if part == "trainer" else "generator"
-        try:
-            process = psutil.Process(pid)
-            found.setdefault(role, []).extend([pid, *(child.pid for child in process.children(recursive=True))])
-        except psutil.NoSuchProcess:
-            continue
+        if pid != own.pid:
+            found.setdefault("trainer" if part == "trainer" else "generator", []).extend(_tree(pid))
+    hosts = {pid for pids in found.values() for pid in pids}
+    found["loop"] = [pid for pid in _tree(own.pid) if pid not in hosts]
     return found
+
+
+def _tree(pid: int) -> list[int]:
+    try:
+        return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _cpu_s(pid: int) -> float:
