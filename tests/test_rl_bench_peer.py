@@ -1,4 +1,4 @@
-"""TRL beside us: the same prompts, lengths and rewards go in. Its own run needs its own environment, which is heavy."""
+"""TRL beside us: the same prompts, lengths and rewards go in, and a cell's run comes out."""
 
 import asyncio
 from pathlib import Path
@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from rl.bench.config import BenchConfig
+from rl.bench.peer_environment import NoEnvironment, peer_python
 from rl.bench.peer_tokenizer import HuggingFaceTiny
-from rl.bench.peer_trl import PEER, PeerRequest
+from rl.bench.peer_trl import PEER, PeerRequest, run_peer
 from rl.bench.peer_trl_run import FixedLengths, Workload, micro_batch
 from rl.bench.results import CellRun
 from rl.generate import GenerateRequest, Sample
@@ -85,3 +86,26 @@ def test_a_forward_pass_has_as_many_samples_as_fit_in_equal_parts() -> None:
     assert micro_batch(32, 300) == 16
     assert micro_batch(6, 3000) == 2
     assert micro_batch(6, 10**6) == 1
+
+
+@pytest.mark.timeout(1200)
+def test_trl_trains_on_the_same_tokens_in_its_own_environment(quick_model: str, tmp_path: Path) -> None:
+    try:
+        peer_python()
+    except NoEnvironment as error:
+        pytest.skip(f"the registry does not have TRL: {error}")
+    config = CONFIG.model_copy(
+        update={"model": quick_model, "updates": 2, "warmup_updates": 1, "max_tokens": 160, "cell_timeout_s": 600.0}
+    )
+    found = run_peer(config, 5, 1, tmp_path)
+    assert not found.error
+    lengths = [
+        [config.lengths.length(5, group_id(index), sample) for index in range(first, first + 2) for sample in range(3)]
+        for first in (0, 2, 4)
+    ]
+    assert (found.seed, found.repeat, found.num_updates, found.trajectories) == (5, 1, 2, 12)
+    assert found.trained_tokens == found.generated_tokens == sum(lengths[1]) + sum(lengths[2])
+    assert found.accounting is not None and found.accounting.balanced
+    assert found.accounting.generated == sum(map(sum, lengths))
+    assert len(found.update_s) == 2 and sum(found.update_s) == pytest.approx(found.duration_s)
+    assert len(found.rewards) == 3 and found.trainer_idle + found.generator_idle == pytest.approx(1)
