@@ -160,7 +160,7 @@ def test_a_measured_cell_is_simulated_as_it_was_measured(tmp_path: Path) -> None
     assert latencies.mean_generate_s == pytest.approx(groups_s[0], rel=0.1)
     assert latencies.generate_sigma == pytest.approx(groups_s[1], rel=0.1)
     assert latencies.load_s == pytest.approx(TRUTH.load_s)
-    assert latencies.update_s == pytest.approx(TRUTH.update_s, rel=0.05)
+    assert latencies.update_s == pytest.approx(TRUTH.update_s, rel=0.01)
     again = simulated(measured_point(BENCH, KEY, latencies))
     assert again.update_s == pytest.approx(run.duration_s / run.num_updates, rel=0.1)
     assert (again.stack, again.num_generators, again.max_staleness) == ("ray", 2, 4)
@@ -185,7 +185,7 @@ def test_the_fit_keeps_the_mean_and_the_spread() -> None:
     assert latencies is not None
     assert latencies.mean_generate_s == pytest.approx(fmean(groups_s))
     assert latencies.generate_sigma == pytest.approx(pstdev(map(math.log, groups_s)))
-    assert (latencies.update_s, latencies.load_s, latencies.push_s) == (2.0, 0.5, 0.2)
+    assert (latencies.update_s, latencies.load_s, latencies.push_s) == (2.0 - 0.1, 0.5, 0.2)
     assert (latencies.call_s, latencies.loop_s_per_call) == (0.0, 0.0)
 
 

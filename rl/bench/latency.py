@@ -10,6 +10,9 @@ from statistics import fmean, median, pstdev
 from rl.bench.results import CellRun, Span
 from rl.types import Frozen
 
+_SHORTEST_S = 1e-6
+"""Logarithms of durations are taken."""
+
 
 class Latencies(Frozen):
     """Of one stack's calls, in seconds, as the loop sees them but for what a call without work takes."""
@@ -49,10 +52,12 @@ def fit(runs: Iterable[CellRun]) -> Latencies | None:
     weights = [run.weights for run in whole if run.weights is not None]
     groups_s = _durations(spans, "generate", call_s)
     sigma = pstdev(map(log, groups_s))
+    snapshot_s = median(each.snapshot_s for each in weights)
     return Latencies(
         stack=whole[0].key.stack,
-        update_s=median(_durations(spans, "update", call_s)),
-        snapshot_s=median(each.snapshot_s for each in weights),
+        # The call comes while the trainer still copies the weights of the update before.
+        update_s=max(_SHORTEST_S, median(_durations(spans, "update", call_s)) - snapshot_s),
+        snapshot_s=snapshot_s,
         push_s=median(each.push_s for each in weights),
         load_s=median(_durations(spans, "load", call_s)),
         # The mean is what throughput depends on, so it is kept as it was measured.
@@ -74,8 +79,8 @@ def _that_end(timeline: Sequence[Span]) -> list[Span]:
 
 
 def _durations(spans: Iterable[Span], kind: str, call_s: float) -> list[float]:
-    """Without what the call itself takes; never 0, since logarithms are taken."""
-    return [max(1e-6, span.end_s - span.begin_s - call_s) for span in spans if span.kind == kind]
+    """Without what the call itself takes."""
+    return [max(_SHORTEST_S, span.end_s - span.begin_s - call_s) for span in spans if span.kind == kind]
 
 
 def _loop_s_per_call(run: CellRun) -> float:
