@@ -51,6 +51,8 @@ class Watched:
 
     async def publish(self) -> Published:
         assert isinstance(self._part, ScriptedTrainer)
+        # On its way before the next update, and so before it there.
+        await asyncio.sleep(0.99 * CALL_S)
         return await self._part.publish()
 
     async def save(self, folder: str) -> None:

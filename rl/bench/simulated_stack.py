@@ -57,17 +57,25 @@ class SimulatedTrainer:
         self._desk = desk
         self.updated_at: list[float] = []
         """[updates] ends, on the event loop's clock."""
+        self._in_order = asyncio.Event()
+        self._in_order.set()
 
     async def update(self, batch: Batch) -> TrainMetrics:
         """One update, after the call and the work."""
         await self._desk.call()
+        await self._in_order.wait()
         metrics = await self._part.update(batch)
         self.updated_at.append(asyncio.get_running_loop().time())
         return metrics
 
     async def publish(self) -> Published:
-        """The version, after the work. Its call is on its way before the next update, whose call waits for both."""
-        return await self._part.publish()
+        """The version, after the call and the work; the call of the next update, on its way too, comes behind it."""
+        self._in_order.clear()
+        await self._desk.call()
+        published = asyncio.create_task(self._part.publish())
+        # The part has taken its turn by then.
+        asyncio.get_running_loop().call_soon(self._in_order.set)
+        return await published
 
     async def save(self, folder: str) -> None:
         """The groups of every update."""
