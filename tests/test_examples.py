@@ -206,6 +206,20 @@ def test_a_model_learns_and_goes_on_learning(orchestrate: Orchestrate, folder: P
     assert [json.loads(line)["train"]["update"] for line in lines] == [0, 1, 2, 3]
 
 
+@pytest.mark.timeout(900)
+def test_stacks_are_measured_and_the_page_is_published(orchestrate: Orchestrate, folder: Path) -> None:
+    small = ["-p", "updates=1", "-p", 'stacks=["local"]', "-p", 'parts=["matrix"]']
+    report = succeeded(orchestrate("rl_bench.yaml", *small, "--json", timeout_s=800))
+    published = folder / "output/rl_bench/published"
+    assert Path(report["steps"]["bench"]["outputs"]["results"]).is_file()
+    results = json.loads((published / "results.json").read_text())
+    assert [(run["key"]["mode"], run["error"], run["accounting"] is not None) for run in results["runs"]] == [
+        ("sync", "", True),
+        ("async", "", True),
+    ]
+    assert "<html" in (published / "report.html").read_text()
+
+
 def python(folder: Path, environment: dict[str, str], script: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, script],
