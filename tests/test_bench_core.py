@@ -359,7 +359,15 @@ def test_faults_of_the_settings_are_told(capsys: pytest.CaptureFixture[str], tmp
     assert "`--stacks`: `stacks[1]`: got `rey`, wanted one of" in capsys.readouterr().err
     assert main(["rl", "bench", "--set", "lengths.sigma=-1", *output]) == 2
     assert "`--set`: `sigma`: got `-1`" in capsys.readouterr().err
+    assert main(["rl", "bench", "--resume"]) == 2
+    assert "`--resume` wants the folder" in capsys.readouterr().err
     assert not (tmp_path / "never").exists()
+
+
+def test_the_schema_of_the_results_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rl", "bench", "--schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert schema["$defs"]["CellRun"]["properties"]["num_updates"]["description"] == "Measured, without warm-up."
 
 
 def test_a_step_measures_only_what_is_missing(step_context: Callable[..., Any], tmp_path: Path) -> None:

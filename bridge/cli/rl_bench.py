@@ -49,6 +49,8 @@ _LISTS = {"stacks": ("stacks",), "modes": ("modes",), "parts": ("parts",)}
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any setting: `lengths.sigma=1.0`.")
 @click.option("--config", "file", type=click.Path(path_type=Path), help="YAML file of settings; flags override it.")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of the results.  [default: rl-bench/TIME]")
+@click.option("--resume", is_flag=True, help="Keep what the folder has by the same settings; measure what is missing.")
+@click.option("--schema", is_flag=True, help="Print the JSON Schema of results.json, and measure nothing.")
 @json_option
 def bench(
     task: Task | None,
@@ -58,6 +60,8 @@ def bench(
     settings: tuple[str, ...],
     file: Path | None,
     output: Path | None,
+    resume: bool,
+    schema: bool,
     as_json: bool,
     **flags: Any,
 ) -> int:
@@ -69,6 +73,11 @@ def bench(
 
     Exit code 0: done, 1: something could not be measured, 2: the settings do not fit, 130: interrupted.
     """
+    if schema:
+        Output(as_json=True).print_json(Results.model_json_schema())
+        return 0
+    if resume and output is None:
+        raise Failure("`--resume` wants the folder to go on with", "give it by `--output`")
     given: Given = {place: (_flag(name), flags[name]) for name, place in _PLACES.items() if flags[name] is not None}
     for name, place in _LISTS.items():
         if flags[name] is not None:
@@ -87,7 +96,7 @@ def bench(
     folder = output or Path("rl-bench", time.strftime("%Y%m%d-%H%M%S"))
     view = BenchView(sys.stderr if as_json else sys.stdout)
     try:
-        results, interrupted = asyncio.run(_run(config, folder, view))
+        results, interrupted = asyncio.run(_run(config, folder, view, resume))
     finally:
         view.close()
     failed = results.num_failed
@@ -108,14 +117,14 @@ def bench(
     return FAILED if failed else 0
 
 
-async def _run(config: BenchConfig, folder: Path, view: BenchView) -> tuple[Results, bool]:
+async def _run(config: BenchConfig, folder: Path, view: BenchView, resume: bool) -> tuple[Results, bool]:
     """What was found, and whether Ctrl-C ended it."""
     from bridge.cli.rl_model import prepared
     from rl.bench.run import Bench
 
     task, loop = asyncio.current_task(), asyncio.get_running_loop()
     assert task is not None
-    bench = Bench(config, folder, view.add)
+    bench = Bench(config, folder, view.add, resume=resume)
     interrupted = asyncio.Event()
 
     def interrupt() -> None:

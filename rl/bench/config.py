@@ -110,5 +110,5 @@ class BenchConfig(Frozen):
             updates=6,
             warmup_updates=2,
             learning_updates=10,
-            cell_timeout_s=120.0,
+            cell_timeout_s=300.0,
         )
