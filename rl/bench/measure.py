@@ -47,7 +47,7 @@ def measured(run: CellRun, facts: RunFacts) -> CellRun:
     of_window = updates[first:last]
     records = [record for record in facts.records if first <= record.train.update < last]
     batches = [call.request for call in of_window]
-    tokens = facts.tokens
+    accounting = _accounting(trace, facts.tokens)
     return run.model_copy(
         update={
             "num_updates": facts.num_updates,
@@ -60,8 +60,8 @@ def measured(run: CellRun, facts: RunFacts) -> CellRun:
             **_shares(trace, window),
             "staleness": tuple(age for batch in batches for age in batch.staleness),
             "versions_per_trajectory": fmean(record.versions_per_trajectory for record in records),
-            "wasted_share": tokens.wasted / tokens.generated if tokens.generated else 0.0,
-            "accounting": _accounting(trace, tokens),
+            "wasted_share": accounting.wasted / accounting.generated if accounting.generated else 0.0,
+            "accounting": accounting,
             "weights": _weight_sync(records, synchronous=run.key.max_staleness == 0),
             "fresh": together(record.train.fresh for record in records),
             "stale": together(record.train.stale for record in records),
