@@ -5,6 +5,7 @@ folders -> Curve (one of each run) -> plot_curves -> PNG
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,10 @@ from rl.evaluation import Interval
 from rl.metrics import EVALUATIONS
 from rl.run_folder import read_config
 from rl.types import Frozen
+
+_OF_CACHE = re.compile(r"-[0-9a-f]{12}$")
+"""What folders in the cache of models have behind their name."""
+_STYLES = ("-", "--", ":", "-.")
 
 
 class Point(Frozen):
@@ -75,7 +80,7 @@ def read_curve(folder: Path) -> Curve:
         )
     return Curve(
         folder=str(folder),
-        model=Path(config.model).name,
+        model=_OF_CACHE.sub("", Path(config.model).name),
         task=", ".join(task.label for task in config.tasks),
         stack=config.stack,
         seed=config.seed,
@@ -84,11 +89,15 @@ def read_curve(folder: Path) -> Curve:
 
 
 def plot_curves(curves: Sequence[Curve], path: Path) -> None:
-    """Write a PNG: a column for each model and task, accuracy against updates above and against seconds below."""
+    """Write a PNG: a column for each model and task, accuracy against updates above and against seconds below.
+
+    Stacks have colours, seeds styles of line.
+    """
     from matplotlib.figure import Figure
 
     columns = list(dict.fromkeys((curve.model, curve.task) for curve in curves))
     stacks = list(dict.fromkeys(curve.stack for curve in curves))
+    seeds = sorted({curve.seed for curve in curves})
     figure = Figure(figsize=(1.5 + 5 * len(columns), 7.5), layout="constrained")
     grid = figure.subplots(2, len(columns), sharey=True, squeeze=False)
     for column, wanted in enumerate(columns):
@@ -108,17 +117,19 @@ def plot_curves(curves: Sequence[Curve], path: Path) -> None:
                     marker="o",
                     markersize=3,
                     linewidth=1.2,
+                    linestyle=_STYLES[seeds.index(curve.seed) % len(_STYLES)],
                     elinewidth=0.6,
                     capsize=2,
                     alpha=0.8,
                     label=curve.stack,
                 )
-            axes.set_ylim(0, 1)
+            axes.set_ylim(0, 1.02)
             axes.grid(alpha=0.25)
             axes.set_xlabel("seconds of training" if row else "updates")
             axes.set_ylabel("" if column else "held-out accuracy")
-        seeds = len({curve.seed for curve in of_column})
-        grid[0, column].set_title(f"{wanted[0]} on {wanted[1]}, {seeds} seed{'s' * (seeds != 1)}, 95 % intervals")
+        num_seeds = len({curve.seed for curve in of_column})
+        of_seeds = f"{num_seeds} seed{'s' * (num_seeds != 1)}"
+        grid[0, column].set_title(f"{wanted[0]} on {wanted[1]}, {of_seeds}, 95 % intervals")
         handles = dict(zip(*reversed(grid[0, column].get_legend_handles_labels()), strict=True))
         grid[0, column].legend(handles.values(), handles.keys(), loc="lower right")
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
