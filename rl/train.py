@@ -6,11 +6,12 @@ RunConfig -> open_stack -> Loop (from the newest checkpoint, again when the trai
 """
 
 import asyncio
+import fcntl
 import json
 import os
 import tempfile
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager
 from pathlib import Path
 
 from rl import stack as seam
@@ -23,7 +24,7 @@ from rl.stack import Stack
 from rl.types import Frozen
 from rl.watchdog import FOLDER_VARIABLE, Stuck, Watchdog
 
-CONFIG = "config.json"
+CONFIG, LOCK = "config.json", ".lock"
 _SAME = ("model", "tasks", "seed", "groups_per_update", "group_size", "max_staleness", "rollout")
 """Settings that a resumed run cannot change: the groups in its checkpoint and its ledger were made by them."""
 _MOST_LOSSES = 3
@@ -34,6 +35,10 @@ OpenStack = Callable[[RunConfig, str], AbstractAsyncContextManager[Stack]]
 
 class RunRefused(ValueError):
     """The folder does not fit the run. The argument says why."""
+
+
+class RunBusy(RunRefused):
+    """Another process runs in the folder right now."""
 
 
 class RunResult(Frozen):
@@ -63,14 +68,20 @@ async def train(
     """Run `config` in `folder` to its last update, and report every event after it is written down.
 
     Once `stop` is set, the run ends before its next update with a checkpoint, and can be resumed. With `resume` the run
-    goes on from the newest checkpoint in the folder, if there is one. Raises `RunRefused`, `ParityError`, `Diverged`,
-    and `TrainerLost` or `PartLost` for a part that is lost again and again.
+    goes on from the newest checkpoint in the folder, if there is one. Raises `RunRefused`, `RunBusy`, `ParityError`,
+    `Diverged`, and `TrainerLost` or `PartLost` for a part that is lost again and again.
     """
-    base = Path(folder)
+    with _alone_in(Path(folder)):
+        return await _train(config, Path(folder), resume, report, stop, open_stack)
+
+
+async def _train(
+    config: RunConfig, base: Path, resume: bool, report: Report, stop: asyncio.Event | None, open_stack: OpenStack
+) -> RunResult:
     checkpoints = Checkpoints(base)
     newest = checkpoints.newest()
     if newest is not None and not resume:
-        raise RunRefused(f"`{folder}` has a run of its own already\n\nhint: resume it, or choose another folder")
+        raise RunRefused(f"`{base}` has a run of its own already\n\nhint: resume it, or choose another folder")
     _write_config(base, config, newest is not None)
     os.environ[FOLDER_VARIABLE] = str((base / "stacks").absolute())
     state = RunState() if newest is None else read_state(newest)
@@ -121,6 +132,18 @@ async def _run(
             log(Notice(event="trainer_replaced", message=f"the trainer is back at update {max(0, updates)}"))
 
 
+@contextmanager
+def _alone_in(base: Path) -> Iterator[None]:
+    """Nobody else runs in the folder until the end; the system lets go of it when this process dies."""
+    base.mkdir(parents=True, exist_ok=True)
+    with (base / LOCK).open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunBusy(f"a run goes on in `{base}`\n\nhint: wait for its end, or choose another folder") from None
+        yield
+
+
 def _rolled_back(state: RunState, generated: int) -> RunState:
     """The state of a checkpoint, with what was generated since counted as wasted."""
     tokens = state.tokens
@@ -131,7 +154,6 @@ def _rolled_back(state: RunState, generated: int) -> RunState:
 
 def _write_config(base: Path, config: RunConfig, resumed: bool) -> None:
     """Write the config down; for a run that goes on, see that it is the same run."""
-    base.mkdir(parents=True, exist_ok=True)
     path = base / CONFIG
     if resumed and path.exists():
         old, new = json.loads(path.read_text()), config.model_dump(mode="json")

@@ -47,13 +47,16 @@ def run(params: Params, context: Context) -> StepOutputs:
     from rl.loop import Diverged
     from rl.run_folder import run_summary
     from rl.stack import ParityError
-    from rl.train import RunRefused
+    from rl.train import RunBusy, RunRefused
 
     folder = context.plan_dir / params.folder
     config = RunConfig.model_validate(params.model_dump(exclude={"folder"}))
     try:
         if not _is_done(config, folder):
             asyncio.run(_Run(config, folder, context).go())
+    except RunBusy:
+        # Whoever it is will be gone; the step may be tried again.
+        raise
     except (RunRefused, FileNotFoundError) as error:
         raise StepError(str(error)) from error
     except (ParityError, Diverged) as error:

@@ -21,7 +21,7 @@ from rl.config import RunConfig
 from rl.ledger import Ledger, RunState
 from rl.metrics import EVALUATIONS, METRICS
 from rl.stacks.scripted import ScriptedStack
-from rl.train import RunRefused, RunResult, train
+from rl.train import RunBusy, RunRefused, RunResult, train
 from rl.virtual_clock import run_virtually
 
 CONFIG = RunConfig.model_validate(
@@ -170,6 +170,16 @@ def test_a_run_is_not_taken_for_another(tmp_path: Path) -> None:
         run_virtually(train(other, str(tmp_path), True, open_stack=scripted))
     longer = run_virtually(train(CONFIG.model_copy(update={"updates": 12}), str(tmp_path), True, open_stack=scripted))
     assert longer.updates == 12 and longer.ledger.trained[:10] == done.ledger.trained
+
+
+async def test_two_do_not_run_in_one_folder(tmp_path: Path) -> None:
+    first = asyncio.create_task(train(CONFIG, str(tmp_path), open_stack=scripted))
+    await asyncio.sleep(0)
+    with pytest.raises(RunBusy, match=r"a run goes on in `.*`\n\nhint: wait for its end"):
+        await train(CONFIG, str(tmp_path), True, open_stack=scripted)
+    first.cancel()
+    await asyncio.gather(first, return_exceptions=True)
+    assert (await train(CONFIG, str(tmp_path), True, open_stack=scripted)).updates == CONFIG.updates
 
 
 def test_the_stack_is_found_by_its_name(tmp_path: Path) -> None:
