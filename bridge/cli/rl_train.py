@@ -198,6 +198,9 @@ class _RunFailed(Failure):
 def _failed(error: Exception, folder: Path) -> Failure:
     if isinstance(error, Failure):
         return error
+    if isinstance(error, ModuleNotFoundError):
+        hint = "`pip install 'sygaldry-ray[rl]'`, or `[rl-gpu]` where there are GPUs"
+        return Failure(f"training needs the package `{error.name}`", hint)
     message = str(error).strip() or type(error).__name__
     hint = f"what was reached is kept: `orchestrate rl train --resume --folder {folder}`"
     if "\n\nhint:" in message:
