@@ -4,23 +4,22 @@ import os
 import time
 from typing import TYPE_CHECKING, TextIO
 
+from bridge.cli.live_lines import LiveLines
 from bridge.terminal import clock, cut, duration, terminal_width, visible
 from rl.bench.progress import Progress
 
 if TYPE_CHECKING:
-    from rich.live import Live
+    from rich.console import Console, RenderableType
 
-DRAWINGS_PER_S = 4
 BAR_CELLS = 30
 
 
-class BenchView:
+class BenchView(LiveLines):
     """Lines that stay, and below them, where the stream is a terminal, one that is redrawn in place."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+        super().__init__(stream)
         self._can_draw = terminal_width(stream) is not None and os.environ.get("TERM") != "dumb"
-        self._live: Live | None = None
         self._now: Progress | None = None
         self._began = self._since = time.monotonic()
 
@@ -31,23 +30,8 @@ class BenchView:
             self.note(f"{clock()} [{progress.done}/{progress.total}] {sign}{visible(progress.text)}")
         else:
             self._now, self._since = progress, time.monotonic()
-            if self._can_draw and self._live is None:
-                self._live = self._start()
-
-    def note(self, text: str) -> None:
-        """A line that stays."""
-        if self._live is None:
-            print(text, file=self._stream, flush=True)
-            return
-        from rich.text import Text
-
-        self._live.console.print(Text(text))
-
-    def close(self) -> None:
-        """Leave the terminal as it was."""
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+            if self._can_draw:
+                self.draw(self._drawn)
 
     def picture(self) -> str:
         """The line that is redrawn."""
@@ -61,19 +45,7 @@ class BenchView:
         bar = f"{'━' * full}{'╌' * (BAR_CELLS - full)} {now.done}/{now.total}{left}"
         return f"{bar}  {visible(now.text)}  {duration(seconds - self._since)}"
 
-    def _start(self) -> "Live":
-        from rich.console import Console
-        from rich.live import Live
+    def _drawn(self, console: "Console") -> "RenderableType":
         from rich.text import Text
 
-        console = Console(file=self._stream, markup=False, highlight=False)
-        live = Live(
-            console=console,
-            get_renderable=lambda: Text(cut(self.picture(), terminal_width(self._stream) or 80), no_wrap=True),
-            refresh_per_second=DRAWINGS_PER_S,
-            transient=True,
-            redirect_stdout=False,
-            redirect_stderr=False,
-        )
-        live.start()
-        return live
+        return Text(cut(self.picture(), terminal_width(self._stream) or 80), no_wrap=True)

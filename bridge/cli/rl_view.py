@@ -9,6 +9,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Protocol, TextIO
 
+from bridge.cli.live_lines import LiveLines
 from bridge.terminal import clock, cut, duration, terminal_width, visible
 from rl.config import RunConfig
 from rl.event_line import event_line, idle_words, speed_words, staleness_words
@@ -16,11 +17,9 @@ from rl.metrics import EvaluationRecord, Notice, RunEvent, UpdateRecord
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
-    from rich.live import Live
 
 BAR_CELLS = 30
 SPARK_CELLS = 60
-DRAWINGS_PER_S = 4
 _SPARKS = "▁▂▃▄▅▆▇█"
 _LAST_NOTICES = 3
 _QUIET_NOTICES = ("checkpoint",)
@@ -100,53 +99,20 @@ class PlainTraining:
         """Nothing to leave behind."""
 
 
-class LiveTraining:
+class LiveTraining(LiveLines):
     """A few lines that are redrawn in place; evaluations and losses of parts stay above them."""
 
     def __init__(self, training: Training, stream: TextIO) -> None:
+        super().__init__(stream)
         self._training = training
-        self._stream = stream
-        self._live: Live | None = None
 
     def add(self, event: RunEvent) -> None:
         """Draw anew."""
         self._training.add(event)
-        if self._live is None:
-            self._live = self._start()
+        self.draw(self._drawn)
         if isinstance(event, EvaluationRecord) or (isinstance(event, Notice) and event.event not in _QUIET_NOTICES):
             self.note(f"{clock()} {visible(event_line(event, self._training.config.updates))}")
-        self._live.refresh()
-
-    def note(self, text: str) -> None:
-        """A line above the view; it stays."""
-        if self._live is None:
-            print(text, file=self._stream, flush=True)
-            return
-        from rich.text import Text
-
-        self._live.console.print(Text(text))
-
-    def close(self) -> None:
-        """Erase the view; what is printed next takes its place."""
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
-
-    def _start(self) -> "Live":
-        from rich.console import Console
-        from rich.live import Live
-
-        console = Console(file=self._stream, markup=False, highlight=False)
-        live = Live(
-            console=console,
-            get_renderable=lambda: self._drawn(console),
-            refresh_per_second=DRAWINGS_PER_S,
-            transient=True,
-            redirect_stdout=False,
-            redirect_stderr=False,
-        )
-        live.start()
-        return live
+        self.refresh()
 
     def _drawn(self, console: "Console") -> "RenderableType":
         from rich.console import ConsoleDimensions

@@ -4,45 +4,19 @@ loop -> MonarchTrainer -> store (shared memory, or files) -> RayGenerator, ...
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from rl.config import RunConfig
 from rl.hosting import model_folder, weight_store
 from rl.ray_cluster import connected, is_one_host
-from rl.stacks.monarch import MonarchTrainer, MonarchTrainers, open_trainers
-from rl.stacks.ray import RayGenerator, RayGenerators
-
-
-class HybridStack:
-    """A `Stack` of both."""
-
-    def __init__(self, trainers: MonarchTrainers, generators: RayGenerators) -> None:
-        self._trainers = trainers
-        self._generators = generators
-
-    @property
-    def trainer(self) -> MonarchTrainer:
-        """The one that lives now, a replica of a Monarch service."""
-        assert self._trainers.living is not None, "the stack is not open"
-        return self._trainers.living
-
-    @property
-    def generators(self) -> Sequence[RayGenerator]:
-        """Those that live now, actors of Ray."""
-        return self._generators.living
-
-    async def replace_generator(self, number: int, version: int) -> None:
-        """By Ray."""
-        await self._generators.replace(number, version)
-
-    async def replace_trainer(self, folder: str) -> None:
-        """By Monarch."""
-        await self._trainers.replace(folder)
+from rl.stacks.composed import ComposedStack
+from rl.stacks.monarch import open_trainers
+from rl.stacks.ray import RayGenerators
 
 
 @asynccontextmanager
-async def open_stack(config: RunConfig, folder: str = "") -> AsyncIterator[HybridStack]:
+async def open_stack(config: RunConfig, folder: str = "") -> AsyncIterator[ComposedStack]:
     """A trainer in a process of this host, and generators on the cluster that `rl.ray_cluster` finds or begins."""
     if config.transport in ("ray_objects", "monarch_rdma"):
         raise ValueError(
@@ -65,6 +39,6 @@ async def open_stack(config: RunConfig, folder: str = "") -> AsyncIterator[Hybri
             async with open_trainers(config, model, weights, folder) as trainers:
                 try:
                     await generators.open()
-                    yield HybridStack(trainers, generators)
+                    yield ComposedStack(trainers, generators)
                 finally:
                     await generators.close()

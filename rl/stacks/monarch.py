@@ -9,7 +9,7 @@ generator's place is taken by a spare whose imports are done, while its own succ
 import asyncio
 import os
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from rl.gather import gather
 from rl.hosting import Host, Kind, host_environment, model_folder, weight_store
 from rl.services import Replica, ReplicaLost, Service, ServiceSettings
 from rl.stack import GroupRequest, Loaded, PartLost, Published
+from rl.stacks.composed import ComposedStack
 from rl.types import Batch, Group, TrainMetrics
 
 if TYPE_CHECKING:
@@ -158,33 +159,6 @@ class MonarchGenerators:
         return await _opened(self._service, number, lost, devices, opening)
 
 
-class MonarchStack:
-    """A `Stack` of replicas."""
-
-    def __init__(self, trainers: MonarchTrainers, generators: MonarchGenerators) -> None:
-        self._trainers = trainers
-        self._generators = generators
-
-    @property
-    def trainer(self) -> MonarchTrainer:
-        """The one that lives now."""
-        assert self._trainers.living is not None, "the stack is not open"
-        return self._trainers.living
-
-    @property
-    def generators(self) -> Sequence[MonarchGenerator]:
-        """Those that live now."""
-        return self._generators.living
-
-    async def replace_generator(self, number: int, version: int) -> None:
-        """The spare takes the place."""
-        await self._generators.replace(number, version)
-
-    async def replace_trainer(self, folder: str) -> None:
-        """Another process, restored from `folder`."""
-        await self._trainers.replace(folder)
-
-
 @asynccontextmanager
 async def open_trainers(
     config: RunConfig, model: str, weights: "WeightStoreHandle", folder: str
@@ -215,7 +189,7 @@ async def open_generators(
 
 
 @asynccontextmanager
-async def open_stack(config: RunConfig, folder: str = "") -> AsyncIterator[MonarchStack]:
+async def open_stack(config: RunConfig, folder: str = "") -> AsyncIterator[ComposedStack]:
     """The parts in processes of this host."""
     from rl.services_monarch import faults_are_data
 
@@ -225,7 +199,7 @@ async def open_stack(config: RunConfig, folder: str = "") -> AsyncIterator[Monar
             open_trainers(config, model, weights, folder) as trainers,
             open_generators(config, model, weights) as generators,
         ):
-            yield MonarchStack(trainers, generators)
+            yield ComposedStack(trainers, generators)
 
 
 @asynccontextmanager
