@@ -17,9 +17,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from hypothesis import settings
 
+from rl.config import EngineConfig, RunConfig
+from rl.rollout import RolloutSettings
 from steps import StepCancelled
 
 settings.register_profile("any machine", deadline=None)
@@ -596,3 +599,95 @@ async def browser() -> AsyncIterator[Any]:
         started = await playwright.chromium.launch(executable_path=program, chromium_sandbox=False)
         yield started
         await started.close()
+
+
+STACK_RUN = """
+import asyncio, json, os, signal, sys
+from pathlib import Path
+from rl.config import RunConfig
+from rl.train import train
+
+config, folder, kills = RunConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+
+def process_of(part):
+    processes = [path.read_text().splitlines() for path in folder.glob("stacks/*.process")]
+    return int(max((one for one in processes if one[0] == part), key=lambda one: float(one[3]))[2])
+
+def report(event):
+    print(event.model_dump_json(), flush=True)
+    if event.event == "update" and kills and event.train.update >= kills[0][0]:
+        os.kill(process_of(kills.pop(0)[1]), signal.SIGKILL)
+
+result = asyncio.run(train(config, str(folder), report=report))
+print(json.dumps({"event": "result", **json.loads(result.model_dump_json())}))
+"""
+
+
+class StackRun:
+    """A small run of real parts in a process of its own, which knows nothing of this one's Ray and vLLM."""
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+
+    def config(self, *, reproducible: bool = False, **settings: Any) -> RunConfig:
+        return RunConfig(
+            model=self._model,
+            groups_per_update=2,
+            group_size=4,
+            groups_in_flight=2,
+            filter_zero_variance=False,
+            evaluation_prompts=2,
+            rollout=RolloutSettings(prompt_style="brief", max_tokens=160, max_tokens_per_turn=20),
+            engine=EngineConfig(cache_gb=0.05, max_model_tokens=256, reproducible=reproducible),
+            **settings,
+        )
+
+    def events(
+        self, config: RunConfig, folder: Path, kills: Sequence[tuple[int, str]] = (), **environment: str
+    ) -> "StackEvents":
+        """What it said, and its result as the last event. `kills`: from which update on which part is killed."""
+        arguments = (config.model_dump_json(), str(folder), json.dumps(kills))
+        said = self.output(STACK_RUN, *arguments, **environment)
+        return StackEvents(json.loads(line) for line in said if line.startswith("{"))
+
+    def output(self, script: str, *arguments: str, **environment: str) -> list[str]:
+        """Lines of a script."""
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "OMP_"))}
+        ran = subprocess.run(
+            [sys.executable, "-c", script, *arguments],
+            env={**inherited, **environment},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert ran.returncode == 0, ran.stderr[-4000:]
+        return ran.stdout.splitlines()
+
+    def processes(self, folder: Path) -> list[tuple[int, bool]]:
+        """Those that hosted parts of the run in this folder, and whether each is alive."""
+        written = [path.read_text().splitlines() for path in folder.glob("stacks/*.process")]
+        return [(int(pid), self._is_alive(int(pid), float(began))) for _, _, pid, began in written]
+
+    def _is_alive(self, pid: int, began: float) -> bool:
+        try:
+            process = psutil.Process(pid)
+            return process.create_time() == began and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+
+class StackEvents(list[dict[str, Any]]):
+    """The events of a run."""
+
+    def of(self, event: str) -> list[dict[str, Any]]:
+        return [one for one in self if one["event"] == event]
+
+    @property
+    def losses(self) -> list[tuple[float, float]]:
+        """Loss and norm of the gradient of every update."""
+        return [(one["train"]["loss"], one["train"]["gradient_norm"]) for one in self.of("update")]
+
+
+@pytest.fixture
+def stack_run(quick_model: str) -> StackRun:
+    return StackRun(quick_model)
