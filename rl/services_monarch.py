@@ -129,7 +129,8 @@ class _Host:
         command = default_bootstrap_cmd().with_env(self._settings.environment)
         processes = this_host().spawn_procs(per_host={"procs": 1}, name=f"{name}_procs", bootstrap_command=command)
         mesh = processes.spawn(name, Process, self._worker)
-        pid: int = await mesh.pid.call_one()
+        async with asyncio.timeout(self._settings.ready_timeout_s):
+            pid: int = await mesh.pid.call_one()
         self._started[name] = processes, psutil.Process(pid)
         return MonarchReplica(name, mesh, socket.gethostname(), pid)
 
@@ -202,24 +203,30 @@ async def open_service(name: str, worker: Worker, settings: ServiceSettings) -> 
         await registry.register.call_one(service)
     except ActorError as error:
         raise error.exception from None
-    try:
-        await pool.call("open")
-        yield service
-    finally:
-        await registry.unregister.call_one(name)
-        await pool.call("close")
-        await mesh.stop()
+    # Of a replica that is being ended because its process is gone, Monarch may tell this process, not its supervisor.
+    with faults_are_data(f"{name}_"):
+        try:
+            await pool.call("open")
+            yield service
+        finally:
+            await registry.unregister.call_one(name)
+            await pool.call("close")
+            async with asyncio.timeout(_STOP_TIMEOUT_S):
+                await mesh.stop()
 
 
 @contextmanager
-def faults_are_data() -> Iterator[None]:
-    """A process that dies shows in the calls to it. Monarch by itself would interrupt this process's main thread for
-    one that no supervisor answers for."""
+def faults_are_data(prefix: str = "") -> Iterator[None]:
+    """A process that dies shows in the calls to it, where what it hosts has a name that begins like this. Monarch by
+    itself would interrupt this process's main thread for one that no supervisor answers for."""
+    before = actor.unhandled_fault_hook
 
     def note(failure: MeshFailure) -> None:
-        logging.getLogger(__name__).warning("Monarch lost `%s`: %s", failure.mesh_name, failure.report())
+        if failure.mesh_name.startswith(prefix):
+            logging.getLogger(__name__).warning("Monarch lost `%s`: %s", failure.mesh_name, failure.report())
+        else:
+            before(failure)
 
-    before = actor.unhandled_fault_hook
     actor.unhandled_fault_hook = note
     try:
         yield

@@ -23,14 +23,25 @@ from steps._files import attempt_dir
 pytestmark = [pytest.mark.ray, pytest.mark.asyncio(loop_scope="module")]
 
 WORK = '''
-import os, socket
+import os, socket, time
+
+def connected(address):
+    """Rank 0 may come later."""
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            return socket.create_connection(address, timeout=30)
+        except ConnectionRefusedError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
 
 def meet(context):
     """Rank 0 adds up what the others send to the address that all of them know."""
     gang = context.gang
     print(f"rank {gang.rank} of {gang.size}", flush=True)
     if gang.rank:
-        with socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=30) as peer:
+        with connected((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))) as peer:
             peer.sendall(str(gang.rank).encode())
         return {"rank": gang.rank}
     with socket.create_server((gang.master_address, gang.master_port)) as server:

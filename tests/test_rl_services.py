@@ -156,7 +156,7 @@ def test_a_service_that_does_not_start_says_why() -> None:
 
 
 SCRIPT = """
-import asyncio, os, signal, sys, time
+import asyncio, faulthandler, os, signal, sys, time
 from functools import partial
 from importlib import import_module
 from rl.services import NoReplica, ReplicaLost, ServiceSettings
@@ -164,16 +164,21 @@ services = import_module(f"rl.services_{sys.argv[1]}")
 
 class Echo:
     def __init__(self, word, framework):
-        self.word, self.framework, self.cancelled = word, framework, asyncio.Event()
+        self.word, self.framework = word, framework
+        self.began, self.cancelled = asyncio.Event(), asyncio.Event()
     async def ready(self):
         assert os.environ["OF_THE_SERVICE"] == "yes" and "torch" not in sys.modules
     async def pid(self):
         return os.getpid()
     async def slow(self):
+        self.began.set()
         try:
             await asyncio.sleep(600)
         finally:
             self.cancelled.set()
+    async def has_begun(self):
+        await self.began.wait()
+        return True
     async def was_cancelled(self):
         await self.cancelled.wait()
         return True
@@ -206,7 +211,7 @@ async def main():
 
         replica = await echo.replica_at(0)
         slow = asyncio.create_task(replica.call("slow"))
-        await replica.call("pid")
+        assert await replica.call("has_begun")
         slow.cancel()
         assert await replica.call("was_cancelled")
 
@@ -236,15 +241,18 @@ async def main():
     while any(os.path.exists(f"/proc/{pid}") for pid in (*pids, last)):
         assert time.monotonic() < end, "processes are left"
         await asyncio.sleep(0.05)
-    print("done")
+    print("done", flush=True)
 
 async def connected():
     if sys.argv[1] == "ray":
         import ray
         ray.init(sys.argv[2], namespace="services", log_to_driver=False, logging_level="error",
                  runtime_env={"env_vars": {"PYTHONPATH": sys.argv[3]}})
-    await main()
+    # So that the trace of one that hangs says where.
+    async with asyncio.timeout(120):
+        await main()
 
+faulthandler.dump_traceback_later(150)
 asyncio.run(connected())
 """
 

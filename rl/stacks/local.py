@@ -6,6 +6,7 @@ A generator is lost here when its engine breaks down, a trainer when one of its 
 """
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from rl.weights import WeightStoreHandle
 
 
+_SWITCH_INTERVAL_S = 0.0005
+"""Python's own is 0.005: so long each operation of the trainer may wait for the engine's thread to let it go on."""
+
+
 class LocalStack:
     """A `Stack` of plain objects."""
 
@@ -33,6 +38,7 @@ class LocalStack:
 
     async def open(self, folder: str) -> None:
         """Open all parts."""
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
         register("trainer")
         # Before the engines: vLLM takes the setting of threads away from all who come after it.
         await self.replace_trainer(folder)
@@ -78,9 +84,10 @@ async def open_stack(config: RunConfig, folder: str = "") -> AsyncIterator[Local
         set_engine_environment(config.engine, config.generator_gpus)
     model = await asyncio.to_thread(model_folder, config)
     with weight_store(config.transport or "shared_memory") as weights:
-        stack = LocalStack(config, model, weights)
+        stack, switch_interval_s = LocalStack(config, model, weights), sys.getswitchinterval()
         try:
             await stack.open(folder)
             yield stack
         finally:
             await stack.close()
+            sys.setswitchinterval(switch_interval_s)
