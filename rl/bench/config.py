@@ -107,6 +107,7 @@ class BenchConfig(Frozen):
             modes=["sync", "async"],
             parts=["matrix", "learning", "transports", "simulation"],
             seeds=[0],
+            groups_per_update=2,
             updates=6,
             warmup_updates=2,
             learning_updates=10,
