@@ -34,7 +34,7 @@ from rl.bench.measure import RunFacts, measured, together
 from rl.bench.meter import Meter
 from rl.bench.progress import Progress
 from rl.bench.results import Calibration, CalibrationRun, CellKey, CellRun, Machine, Results
-from rl.bench.run import RESULTS
+from rl.bench.run import RESULTS, extras
 from rl.config import EngineConfig, EngineName, LearnerConfig, RunConfig
 from rl.lengths import LengthTail
 from rl.metrics import RunEvent, UpdateRecord
@@ -148,6 +148,7 @@ def test_emulated_cells_are_about_orchestration_alone() -> None:
     }
     run = run_config(config, keys[0], 0)
     assert run.engine.emulation is not None and run.learner.emulation is not None
+    assert [extra.part for extra in extras(config)] == ["transports", "simulation"]
 
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40))), st.tuples(st.integers(0, 20), st.integers(20, 40)))

@@ -1,5 +1,6 @@
 """The page and the table of a benchmark, from synthetic results; the page in a real browser, wide and narrow."""
 
+import json
 import random
 import re
 from collections.abc import Iterator
@@ -7,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from bridge.cli.rl_report import report
 from rl.bench.findings import findings, headline
 from rl.bench.page.svg import scale, tag
 from rl.bench.page.timeline import lanes
@@ -341,6 +344,19 @@ def test_the_table_is_markdown_with_one_row_a_cell() -> None:
     assert re.match(r"\| local sync-colocated \(pinned\) \| 7\d\d ms \(6\d\d-7\d\d ms\) \| 7\d\d ms \|", rows[0])
     assert rows[-1].startswith("| monarch async ≤4 task (pinned) | failed |")
     assert "No cell was measured." in table(results())
+
+
+def test_the_command_makes_page_and_table_of_what_was_measured(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text(whole().model_dump_json())
+    made = CliRunner().invoke(report, [str(tmp_path / "results.json")])
+    assert made.exit_code == 0 and made.output.startswith(table(whole()))
+    assert (tmp_path / "report.html").read_text() == page(whole())
+    said = CliRunner().invoke(report, [str(tmp_path / "results.json"), "--output", str(tmp_path / "o.html"), "--json"])
+    words = json.loads(said.output)
+    assert words["headline"] == headline(whole()) and words["report"] == str(tmp_path / "o.html")
+    assert {one["name"]: one["state"] for one in words["targets"]}["Async reaches its bound"] == "reached"
+    missing = CliRunner().invoke(report, [str(tmp_path / "nothing.json")])
+    assert missing.exit_code != 0 and "cannot read" in str(missing.exception) + missing.output
 
 
 def test_emulated_cells_are_not_mixed_with_pinned_ones() -> None:

@@ -7,6 +7,7 @@ from bridge.cli.rl_compare import compare_results
 from bridge.cli.rl_curves import curves
 from bridge.cli.rl_eval import evaluate
 from bridge.cli.rl_model import model
+from bridge.cli.rl_report import report
 from bridge.cli.rl_train import train
 
 
@@ -18,7 +19,7 @@ def rl() -> None:
     """
 
 
-for command in (train, evaluate, curves, model, bench, compare_results):
+for command in (train, evaluate, curves, model, bench, report, compare_results):
     rl.add_command(command)
 
 COMMANDS = (rl,)

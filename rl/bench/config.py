@@ -14,7 +14,8 @@ BenchStack = Literal["local", "ray", "monarch", "hybrid"]
 Part = Literal["matrix", "control", "sweep", "learning", "peers", "transports", "recovery", "simulation"]
 """`matrix`: every stack in every mode; `control`: engine `hf` on stack `local`; `sweep`: staleness on stack `local`;
 `learning`: real conversations, for the reward; `peers`: other libraries; `transports`: weights alone; `recovery`: a
-part is killed; `simulation`: sizes that this machine does not have."""
+part is killed; `simulation`: sizes that this machine does not have. Where accelerators are emulated, `control`,
+`learning`, `peers` and `recovery` have nothing to say and are left out."""
 ALL_PARTS: tuple[Part, ...] = (
     "matrix", "control", "sweep", "learning", "peers", "transports", "recovery", "simulation",
 )  # fmt: skip

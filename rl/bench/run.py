@@ -42,7 +42,7 @@ class Bench:
         self._started_at = datetime.now(UTC).isoformat(timespec="seconds")
         self._machine, self._commit = machine(), commit()
         self._measurements = schedule(config)
-        self._extras = list(_extras(config))
+        self._extras = list(extras(config))
         self._done = 0
         self.runs: list[CellRun] = []
         self.calibrations: list[CalibrationRun] = []
@@ -189,14 +189,16 @@ def write_results(results: Results, path: Path) -> None:
     beside.replace(path)
 
 
-def _extras(config: BenchConfig) -> Iterator[ExtraRequest]:
-    if "peers" in config.parts:
+def extras(config: BenchConfig) -> Iterator[ExtraRequest]:
+    """What is measured after the cells, in its order."""
+    emulated = config.emulate_accelerators
+    if "peers" in config.parts and not emulated:
         for repeat in range(config.repeats):
             for seed in config.seeds:
                 yield ExtraRequest(part="peers", config=config, seed=seed, repeat=repeat)
     if "transports" in config.parts:
         yield ExtraRequest(part="transports", config=config)
-    if "recovery" in config.parts:
+    if "recovery" in config.parts and not emulated:
         for seed in config.seeds:
             for stack in config.stacks:
                 for killed in (one for one in _KILLED if can_be_killed(stack, one)):

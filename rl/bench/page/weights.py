@@ -37,7 +37,9 @@ def weights_section(results: Results) -> Section:
         ]
         tables.append(Table(("bytes", *names), rows, title="Time over that of a plain memory copy"))
     intro = (
-        "The exposed share is what the trainer waits: for its snapshot, and for a publication before that is not done."
+        "The exposed share is what the trainer waits: for its snapshot, and for a publication before that is not done. "
+        "A transport alone is timed from the trainer's memory until the other process can read all of it, the message "
+        "that says so included, which is most of it for small weights."
     )
     return Section("weights", "Weights", intro, figures, tables)
 
