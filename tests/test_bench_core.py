@@ -25,7 +25,16 @@ from bridge.cli.main import main
 from bridge.cli.rl_bench_view import BenchView
 from rl.bench.bound import bound, most_speedup, weights_s
 from rl.bench.bounded import bounded
-from rl.bench.cells import CalibrationKey, calibration_of, calibrations, cells, cores_of, run_config, schedule
+from rl.bench.cells import (
+    CalibrationKey,
+    Measurement,
+    calibration_of,
+    calibrations,
+    cells,
+    cores_of,
+    run_config,
+    schedule,
+)
 from rl.bench.child import ChildFailed, measure_apart
 from rl.bench.config import BenchConfig
 from rl.bench.earlier import Earlier
@@ -318,10 +327,23 @@ def test_what_was_measured_before_is_found_by_what_is_asked_for(tmp_path: Path) 
     assert results.num_failed == 1
     path = tmp_path / "results.json"
     path.write_text(results.model_dump_json())
-    assert Earlier(path, config).measured(cell) == good
-    assert Earlier(path, config).measured(calibration) is None
-    assert Earlier(path, BenchConfig(seeds=[0], updates=3)).measured(cell) is None
-    assert Earlier(tmp_path / "nowhere", config).measured(cell) is None
+
+    def found(
+        wanted: Measurement,
+        config: BenchConfig,
+        path: Path = path,
+        machine: Machine = results.machine,
+        commit: str = "",
+    ) -> object:
+        return Earlier(path, config, machine, commit).measured(wanted)
+
+    assert found(cell, config) == good
+    assert found(calibration, config) is None
+    assert found(cell, BenchConfig(seeds=[0, 1], parts=["matrix"])) == good
+    assert found(cell, BenchConfig(seeds=[0], updates=3)) is None
+    assert found(cell, config, tmp_path / "nowhere") is None
+    assert found(cell, config, commit="another") is None
+    assert found(cell, config, machine=results.machine.model_copy(update={"num_cores": 96})) is None
 
 
 @pytest.mark.parametrize("name", ["vllm", "hf"])

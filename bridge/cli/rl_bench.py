@@ -49,7 +49,7 @@ _LISTS = {"stacks": ("stacks",), "modes": ("modes",), "parts": ("parts",)}
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any setting: `lengths.sigma=1.0`.")
 @click.option("--config", "file", type=click.Path(path_type=Path), help="YAML file of settings; flags override it.")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of the results.  [default: rl-bench/TIME]")
-@click.option("--resume", is_flag=True, help="Keep what the folder has by the same settings; measure what is missing.")
+@click.option("--resume", is_flag=True, help="Keep what the folder has by the same code and settings, add the rest.")
 @click.option("--schema", is_flag=True, help="Print the JSON Schema of results.json, and measure nothing.")
 @json_option
 def bench(

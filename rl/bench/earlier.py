@@ -1,4 +1,4 @@
-"""What an earlier benchmark of the same settings measured in a folder, so that it need not be measured again."""
+"""What an earlier benchmark measured in a folder by the same code, machine and settings, so as not to do it again."""
 
 from pathlib import Path
 
@@ -7,21 +7,36 @@ from pydantic import ValidationError
 from rl.bench.cells import CalibrationKey, Measurement
 from rl.bench.config import BenchConfig
 from rl.bench.extra import Extra, ExtraRequest
-from rl.bench.results import CalibrationRun, CellRun, Results
+from rl.bench.results import CalibrationRun, CellRun, Machine, Results
+
+_WHICH = {"stacks", "modes", "parts", "seeds", "repeats", "sweep"}
+"""Settings that say what is measured; by the others a measurement would be another one."""
 
 
 class Earlier:
     """Measurements by what was asked for; those with an error are not among them."""
 
-    def __init__(self, path: Path, config: BenchConfig) -> None:
-        """Nothing where the file is missing, broken, or of other settings."""
+    def __init__(self, path: Path, config: BenchConfig, machine: Machine, commit: str) -> None:
+        """Nothing where the file is missing, broken, or of anything else than now."""
         self._results: Results | None = None
         try:
             found = Results.model_validate_json(path.read_text())
         except (OSError, ValidationError):
             return
-        if found.config == config.model_dump(mode="json"):
+        settings = config.model_dump(mode="json", exclude=_WHICH)
+        earlier = {name: value for name, value in found.config.items() if name not in _WHICH}
+        if (earlier, found.machine, found.commit) == (settings, machine, commit):
             self._results = found
+
+    @property
+    def started_at(self) -> str:
+        """When that began; empty where there is nothing."""
+        return self._results.started_at if self._results else ""
+
+    @property
+    def duration_s(self) -> float:
+        """What that took."""
+        return self._results.duration_s if self._results else 0.0
 
     def measured(self, wanted: Measurement) -> CellRun | CalibrationRun | None:
         """None where it was not."""

@@ -34,12 +34,12 @@ class Bench:
     """One benchmark in one folder."""
 
     def __init__(self, config: BenchConfig, folder: Path, report: Report, *, resume: bool = False) -> None:
-        """With `resume`, what a benchmark of the same settings has measured in the folder without an error is kept."""
+        """With `resume`, what was measured in the folder by the same code, machine and settings without an error is
+        kept; more seeds, stacks, modes or parts than then may be wanted now."""
         self._config = config
         self._folder = folder
         self._report = report
         self._began = time.monotonic()
-        self._started_at = datetime.now(UTC).isoformat(timespec="seconds")
         self._machine, self._commit = machine(), commit()
         self._measurements = schedule(config)
         self._extras = list(extras(config))
@@ -49,7 +49,11 @@ class Bench:
         self.recoveries: list[Recovery] = []
         self.transports: list[Transport] = []
         self.simulations: list[Simulation] = []
-        self._earlier = Earlier(folder / RESULTS, config) if resume else None
+        self._earlier = Earlier(folder / RESULTS, config, self._machine, self._commit) if resume else None
+        self._started_at = datetime.now(UTC).isoformat(timespec="seconds")
+        self._earlier_s = 0.0
+        if self._earlier is not None and self._earlier.started_at:
+            self._started_at, self._earlier_s = self._earlier.started_at, self._earlier.duration_s
 
     async def run(self) -> Results:
         """To the last measurement. What is there when this is cancelled is in the folder."""
@@ -75,7 +79,7 @@ class Bench:
         """So far."""
         return Results(
             started_at=self._started_at,
-            duration_s=time.monotonic() - self._began,
+            duration_s=self._earlier_s + time.monotonic() - self._began,
             commit=self._commit,
             quick=self._config.quick,
             config=self._config.model_dump(mode="json"),
