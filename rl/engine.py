@@ -96,6 +96,11 @@ async def open_engine(
     def driver(deliver: Deliver) -> Driver:
         # In the engine's own thread, before it starts others.
         pin(config.cores[number % len(config.cores)] if config.cores else None)
+        if not gpus:
+            import torch
+
+            # A trainer in the same process may have other plans.
+            torch.set_num_threads(config.num_threads)
         if config.name == "hf":
             from rl.engine_hf import HfDriver
 

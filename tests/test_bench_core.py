@@ -334,16 +334,22 @@ def test_what_was_measured_before_is_found_by_what_is_asked_for(tmp_path: Path) 
         path: Path = path,
         machine: Machine = results.machine,
         commit: str = "",
-    ) -> object:
-        return Earlier(path, config, machine, commit).measured(wanted)
+    ) -> bool:
+        return Earlier(path, config, machine, commit).has(wanted)
 
-    assert found(cell, config) == good
-    assert found(calibration, config) is None
-    assert found(cell, BenchConfig(seeds=[0, 1], parts=["matrix"])) == good
-    assert found(cell, BenchConfig(seeds=[0], updates=3)) is None
-    assert found(cell, config, tmp_path / "nowhere") is None
-    assert found(cell, config, commit="another") is None
-    assert found(cell, config, machine=results.machine.model_copy(update={"num_cores": 96})) is None
+    assert found(cell, config)
+    assert not found(calibration, config)
+    assert not found(cell, BenchConfig(seeds=[0], updates=3))
+    assert not found(cell, config, tmp_path / "nowhere")
+    assert not found(cell, config, commit="another")
+    assert not found(cell, config, machine=results.machine.model_copy(update={"num_cores": 96}))
+
+    more = BenchConfig(seeds=[1], parts=["matrix"])
+    earlier = Earlier(path, more, results.machine, "")
+    assert earlier.has(cell) and not earlier.has(cell.model_copy(update={"seed": 1}))
+    assert earlier.results is not None and earlier.results.runs == (good,)
+    settings = earlier.with_its_own(more.model_dump(mode="json"))
+    assert settings["seeds"] == [0, 1] and settings["parts"] == [*config.parts]
 
 
 @pytest.mark.parametrize("name", ["vllm", "hf"])

@@ -113,7 +113,6 @@ def run_config(config: BenchConfig, key: CellKey, seed: int) -> RunConfig:
     trainer, generators = cores_of(config)
     together = sorted({*trainer, *(core for cores in generators for core in cores)})
     colocated, tail = key.mode == "sync-colocated", key.workload == "tail"
-    threads = len(together) if colocated else 1
     turns = {"max_turns": 1, "lengths": config.lengths} if tail else {"max_tokens_per_turn": config.max_tokens_per_turn}
     return RunConfig.model_validate(
         {
@@ -132,13 +131,13 @@ def run_config(config: BenchConfig, key: CellKey, seed: int) -> RunConfig:
                 "name": key.engine,
                 "max_model_tokens": config.max_tokens,
                 "cache_gb": config.cache_gb,
-                "num_threads": threads,
+                "num_threads": config.colocated_engine_threads if colocated else 1,
                 "cores": [together] if colocated else generators,
                 "emulation": config.emulated_engine if key.placement == "emulated" else None,
             },
             "learner": {
                 "learning_rate": config.learning_rate,
-                "num_threads": threads,
+                "num_threads": len(together) if colocated else 1,
                 "cores": together if colocated else trainer,
                 "emulation": config.emulated_learner if key.placement == "emulated" else None,
             },

@@ -70,6 +70,10 @@ class BenchConfig(Frozen):
     """`max_staleness` of the mode `async`."""
     stale_policy: Literal["pace", "drop"] = "pace"
     """Wait before a group would become too stale, or sample ahead and drop what did."""
+    colocated_engine_threads: Annotated[int, Field(ge=1)] = 1
+    """Threads of an engine in the mode `sync-colocated`, and of TRL's sampling, which have all cores; the trainer has
+    one for each core. A baseline must be as fast as it can be: with two threads `tiny` samples at half the speed,
+    because they wait for each other longer than they compute. A larger model wants as many as there are cores."""
     sweep: list[Annotated[int, Field(ge=0)]] = [0, 1, 2, 4]
     """`max_staleness` of the cells of the part `sweep`."""
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4

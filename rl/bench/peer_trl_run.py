@@ -174,7 +174,7 @@ def measure(request: PeerRequest) -> CellRun:
         processing_class=theirs,
         callbacks=[_Clock(record)],
     )
-    _sample_by_length(model, trainer.eos_token_ids, workload, record)
+    _sample_by_length(model, trainer.eos_token_ids, workload, record, config.colocated_engine_threads)
     opened_at = time.time()
     began_s = time.perf_counter()
     trainer.train()
@@ -202,15 +202,19 @@ def _reward(workload: Workload, record: Record, group_size: int) -> Any:
     return reward
 
 
-def _sample_by_length(model: Any, end_ids: list[int], workload: Workload, record: Record) -> None:
-    """Let the model's `generate`, which TRL calls, sample the lengths of the workload."""
-    generate = model.generate
+def _sample_by_length(model: Any, end_ids: list[int], workload: Workload, record: Record, num_threads: int) -> None:
+    """Let the model's `generate`, which TRL calls, sample the lengths of the workload, by as many threads as ours."""
+    generate, of_training = model.generate, torch.get_num_threads()
 
     def generate_by_length(**arguments: Any) -> Any:
         began_s = time.perf_counter()
         lengths = workload.lengths(len(record.generating))
         processor = FixedLengths(lengths, arguments["input_ids"].shape[1], end_ids)
-        sampled = generate(**arguments, logits_processor=LogitsProcessorList([processor]))
+        torch.set_num_threads(num_threads)
+        try:
+            sampled = generate(**arguments, logits_processor=LogitsProcessorList([processor]))
+        finally:
+            torch.set_num_threads(of_training)
         record.generating.append((began_s, time.perf_counter()))
         return sampled
 

@@ -35,7 +35,7 @@ class Bench:
 
     def __init__(self, config: BenchConfig, folder: Path, report: Report, *, resume: bool = False) -> None:
         """With `resume`, what was measured in the folder by the same code, machine and settings without an error is
-        kept; more seeds, stacks, modes or parts than then may be wanted now."""
+        kept, and what is missing is added; other seeds, stacks, modes or parts than then may be wanted now."""
         self._config = config
         self._folder = folder
         self._report = report
@@ -44,31 +44,36 @@ class Bench:
         self._measurements = schedule(config)
         self._extras = list(extras(config))
         self._done = 0
+        self._config_known = config.model_dump(mode="json")
+        self._started_at, self._earlier_s = datetime.now(UTC).isoformat(timespec="seconds"), 0.0
         self.runs: list[CellRun] = []
         self.calibrations: list[CalibrationRun] = []
         self.recoveries: list[Recovery] = []
         self.transports: list[Transport] = []
         self.simulations: list[Simulation] = []
         self._earlier = Earlier(folder / RESULTS, config, self._machine, self._commit) if resume else None
-        self._started_at = datetime.now(UTC).isoformat(timespec="seconds")
-        self._earlier_s = 0.0
-        if self._earlier is not None and self._earlier.started_at:
-            self._started_at, self._earlier_s = self._earlier.started_at, self._earlier.duration_s
+        if self._earlier is not None and (found := self._earlier.results) is not None:
+            self._config_known = self._earlier.with_its_own(self._config_known)
+            self._started_at, self._earlier_s = found.started_at, found.duration_s
+            self.runs += found.runs
+            self.calibrations += found.calibrations
+            self.recoveries += found.recoveries
+            self.transports += found.transports
+            self.simulations += found.simulations
 
     async def run(self) -> Results:
         """To the last measurement. What is there when this is cancelled is in the folder."""
         self._folder.mkdir(parents=True, exist_ok=True)
         await self._prepare_models()
         for number, measurement in enumerate(self._measurements):
-            if self._earlier is not None and (known := self._earlier.measured(measurement)) is not None:
-                self._take(known)
+            if self._earlier is not None and self._earlier.has(measurement):
+                self._done += 1
             elif isinstance(measurement.key, CellKey):
                 await self._cell(measurement, measurement.key, number)
             else:
                 await self._calibrate(measurement, measurement.key, number)
         for number, extra in enumerate(self._extras):
-            if self._earlier is not None and (found := self._earlier.extra(extra)) is not None:
-                self._add(found)
+            if self._earlier is not None and self._earlier.has_extra(extra):
                 self._done += 1
             else:
                 await self._extra(extra, number)
@@ -82,7 +87,7 @@ class Bench:
             duration_s=self._earlier_s + time.monotonic() - self._began,
             commit=self._commit,
             quick=self._config.quick,
-            config=self._config.model_dump(mode="json"),
+            config=self._config_known,
             machine=self._machine,
             runs=bounded(self.runs, self.calibrations),
             calibrations=tuple(self.calibrations),
@@ -90,13 +95,6 @@ class Bench:
             transports=tuple(self.transports),
             simulations=tuple(self.simulations),
         )
-
-    def _take(self, known: CellRun | CalibrationRun) -> None:
-        if isinstance(known, CellRun):
-            self.runs.append(known)
-        else:
-            self.calibrations.append(known)
-        self._done += 1
 
     def _add(self, found: Extra) -> None:
         self.runs += found.runs
