@@ -39,6 +39,7 @@ from rl.bench.child import ChildFailed, measure_apart
 from rl.bench.config import BenchConfig
 from rl.bench.earlier import Earlier
 from rl.bench.intervals import length_s, union
+from rl.bench.machine import commit, machine
 from rl.bench.measure import RunFacts, measured, together
 from rl.bench.meter import Meter
 from rl.bench.progress import Progress
@@ -407,7 +408,8 @@ def test_a_step_measures_only_what_is_missing(step_context: Callable[..., Any], 
     with pytest.raises(StepError, match=r"there is no model `\./nowhere`"):
         run_step(Params(**settings, model="./nowhere", folder="out", updates=3), step_context())
     quick = {**settings, "model": str(_model_of_nothing(tmp_path))}
-    (folder / RESULTS).write_text(_results(BenchConfig(**quick)).model_dump_json())
+    here = {"machine": machine(), "commit": commit()}
+    (folder / RESULTS).write_text(_results(BenchConfig(**quick)).model_copy(update=here).model_dump_json())
     outputs = run_step(Params(**quick, folder="out"), step_context())
     assert outputs["num_runs"] == 1 and outputs["num_failed"] == 0
     assert "| local sync" in outputs["table"]

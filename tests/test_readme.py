@@ -15,6 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from rl.bench.compare import read_results
+from rl.bench.table import summary
+from rl.bench.targets import targets
 from rl.run_curves import read_curve
 
 ROOT = Path(__file__).parent.parent
@@ -42,6 +45,27 @@ def test_links_lead_to_files() -> None:
 def test_every_example_is_listed() -> None:
     shown = {path.name for path in (ROOT / "examples").iterdir() if path.suffix in (".yaml", ".json")}
     assert {name for name in shown - {"plan.schema.json"} if f"examples/{name}" not in README} == set()
+
+
+def test_the_comparison_is_what_was_measured() -> None:
+    """Both tables are made of the committed results, number by number."""
+    results = read_results(ROOT / "docs" / "rl-bench" / "results.json")
+    section = README.partition("\n### The comparison\n")[2].partition("\n## ")[0]
+    (header, *shown), (_, *judged) = tables(section)
+    names, rows = summary(results)
+    of_cell = {row[0]: dict(zip(names, row, strict=True)) for row in rows}
+    assert shown == [[of_cell[row[0]][name] for name in header] for row in shown]
+    assert {row[0] for row in shown} >= {name for name in of_cell if not {"task", "hf", "trl"} & set(name.split())}
+    assert [row[:2] for row in judged] == [[f"{one.name}: {one.wanted}", one.state] for one in targets(results)]
+    missed = ["; ".join(f"{part.label} {part.number}" for part in one.missed) for one in targets(results)]
+    assert [row[2] for row in judged] == missed
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """The tables of a text, each a list of rows, without the rule under its header."""
+    found = re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE)
+    lines = [[line for line in table.splitlines() if set(line) - set("|-: ")] for table in found]
+    return [[[cell.strip() for cell in line.strip("|").split(" | ")] for line in table] for table in lines]
 
 
 def test_python_blocks_name_what_exists() -> None:
