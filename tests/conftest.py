@@ -21,7 +21,7 @@ import psutil
 import pytest
 from hypothesis import settings
 
-from rl.config import EngineConfig, RunConfig
+from rl.config import EngineConfig, EngineName, RunConfig
 from rl.rollout import RolloutSettings
 from steps import StepCancelled
 
@@ -629,16 +629,23 @@ class StackRun:
     def __init__(self, model: str) -> None:
         self._model = model
 
-    def config(self, *, reproducible: bool = False, **settings: Any) -> RunConfig:
+    def config(
+        self,
+        *,
+        engine: EngineName = "vllm",
+        reproducible: bool = False,
+        evaluation_prompts: int = 2,
+        **settings: Any,
+    ) -> RunConfig:
         return RunConfig(
             model=self._model,
             groups_per_update=2,
             group_size=4,
             groups_in_flight=2,
             filter_zero_variance=False,
-            evaluation_prompts=2,
+            evaluation_prompts=evaluation_prompts,
             rollout=RolloutSettings(prompt_style="brief", max_tokens=160, max_tokens_per_turn=20),
-            engine=EngineConfig(cache_gb=0.05, max_model_tokens=256, reproducible=reproducible),
+            engine=EngineConfig(name=engine, cache_gb=0.05, max_model_tokens=256, reproducible=reproducible),
             **settings,
         )
 

@@ -8,30 +8,19 @@ from typing import Any
 
 import pytest
 
-from rl.config import EngineConfig, EngineName, LearnerConfig, RunConfig
+from rl.config import EngineName, LearnerConfig, RunConfig
 from rl.metrics import EvaluationRecord, RunEvent, UpdateRecord
 from rl.prompts import PromptSet
-from rl.rollout import RolloutSettings
 from rl.stack import GroupRequest, PartLost, open_stack
 from rl.train import train
 
 pytestmark = pytest.mark.timeout(600)
 
 
-def _config(model: str, engine: EngineName, **settings: Any) -> RunConfig:
-    return RunConfig(
-        model=model,
-        updates=4,
-        groups_per_update=2,
-        group_size=4,
-        groups_in_flight=2,
-        filter_zero_variance=False,
-        evaluation_prompts=4,
-        rollout=RolloutSettings(prompt_style="brief", max_tokens=160, max_tokens_per_turn=20),
-        engine=EngineConfig(name=engine, cache_gb=0.05, max_model_tokens=256),
-        learner=LearnerConfig(learning_rate=1e-3),
-        **settings,
-    )
+def _config(stack_run: Any, engine: EngineName, **settings: Any) -> RunConfig:
+    learner = LearnerConfig(learning_rate=1e-3)
+    config: RunConfig = stack_run.config(engine=engine, updates=4, evaluation_prompts=4, learner=learner, **settings)
+    return config
 
 
 def _left() -> list[str]:
@@ -41,9 +30,9 @@ def _left() -> list[str]:
     return stores + [one.name for one in threading.enumerate() if one.name.startswith(("learner", "engine-"))]
 
 
-async def test_an_asynchronous_run_with_vllm(quick_model: str, tmp_path: Path) -> None:
+async def test_an_asynchronous_run_with_vllm(stack_run: Any, tmp_path: Path) -> None:
     events: list[RunEvent] = []
-    result = await train(_config(quick_model, "vllm", num_generators=2), str(tmp_path), report=events.append)
+    result = await train(_config(stack_run, "vllm", num_generators=2), str(tmp_path), report=events.append)
     updates = [event for event in events if isinstance(event, UpdateRecord)]
     assert result.updates == 4 and [one.train.version for one in updates] == [1, 2, 3, 4]
     trained = [index for update in result.ledger.trained for index in update]
@@ -54,11 +43,11 @@ async def test_an_asynchronous_run_with_vllm(quick_model: str, tmp_path: Path) -
     assert not _left()
 
 
-async def test_runs_with_the_control_engine_repeat_themselves(quick_model: str, tmp_path: Path) -> None:
+async def test_runs_with_the_control_engine_repeat_themselves(stack_run: Any, tmp_path: Path) -> None:
     losses = []
     for name in ("once", "again"):
         events: list[RunEvent] = []
-        config = _config(quick_model, "hf", max_staleness=0)
+        config = _config(stack_run, "hf", max_staleness=0)
         config = config.model_copy(update={"engine": config.engine.model_copy(update={"reproducible": True})})
         await train(config, str(tmp_path / name), report=events.append)
         losses.append([event.train.loss for event in events if isinstance(event, UpdateRecord)])
@@ -66,8 +55,8 @@ async def test_runs_with_the_control_engine_repeat_themselves(quick_model: str, 
     assert any(losses[0])
 
 
-async def test_an_engine_that_broke_down_is_replaced_with_the_weights_of_the_run(quick_model: str) -> None:
-    config = _config(quick_model, "hf")
+async def test_an_engine_that_broke_down_is_replaced_with_the_weights_of_the_run(stack_run: Any) -> None:
+    config = _config(stack_run, "hf")
     request = GroupRequest(
         group_id="0", prompt=PromptSet(config.tasks, "train", 0)[0], group_size=2, seed=0, settings=config.rollout
     )
@@ -84,8 +73,8 @@ async def test_an_engine_that_broke_down_is_replaced_with_the_weights_of_the_run
     assert not _left()
 
 
-async def test_what_was_opened_is_ended_when_the_rest_cannot_be(quick_model: str, tmp_path: Path) -> None:
+async def test_what_was_opened_is_ended_when_the_rest_cannot_be(stack_run: Any, tmp_path: Path) -> None:
     with pytest.raises(OSError):
-        async with open_stack(_config(quick_model, "hf"), str(tmp_path / "nowhere")):
+        async with open_stack(_config(stack_run, "hf"), str(tmp_path / "nowhere")):
             pass
     assert not _left()

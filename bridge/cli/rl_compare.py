@@ -36,7 +36,7 @@ def compare_results(before: Path, after: Path, show_all: bool, as_json: bool) ->
     Exit codes: 0 nothing got worse, 1 something got worse or failed that did not before, 2 a file cannot be read or
     has another schema version.
     """
-    first, second = _read(before), _read(after)
+    first, second = read(before), read(after)
     found = compare(first, second)
     regressions = found.of("regression")
     if as_json:
@@ -49,7 +49,8 @@ def compare_results(before: Path, after: Path, show_all: bool, as_json: bool) ->
         sys.exit(FAILED)
 
 
-def _read(path: Path) -> Results:
+def read(path: Path) -> Results:
+    """The results in a file. Raises `Failure`."""
     try:
         return read_results(path)
     except ResultsError as error:

@@ -6,8 +6,8 @@ import click
 
 from bridge.cli.failure import Failure
 from bridge.cli.options import json_option
+from bridge.cli.rl_compare import read
 from bridge.cli.watch import Output
-from rl.bench.compare import ResultsError, read_results
 
 
 @click.command("report")
@@ -25,10 +25,7 @@ def report(results: Path, output: Path | None, as_json: bool) -> None:
     from rl.bench.table import table
     from rl.bench.targets import targets
 
-    try:
-        found = read_results(results)
-    except ResultsError as error:
-        raise Failure(*error.args) from None
+    found = read(results)
     page = output or results.with_name(REPORT)
     try:
         write_report(found, page)

@@ -55,11 +55,8 @@ class Bench:
         if self._earlier is not None and (found := self._earlier.results) is not None:
             self._config_known = self._earlier.with_its_own(self._config_known)
             self._started_at, self._earlier_s = found.started_at, found.duration_s
-            self.runs += found.runs
             self.calibrations += found.calibrations
-            self.recoveries += found.recoveries
-            self.transports += found.transports
-            self.simulations += found.simulations
+            self._add(found)
 
     async def run(self) -> Results:
         """To the last measurement. What is there when this is cancelled is in the folder."""
@@ -96,7 +93,7 @@ class Bench:
             simulations=tuple(self.simulations),
         )
 
-    def _add(self, found: Extra) -> None:
+    def _add(self, found: Extra | Results) -> None:
         self.runs += found.runs
         self.recoveries += found.recoveries
         self.transports += found.transports
