@@ -153,10 +153,4 @@ class RunConfig(Frozen):
             raise ValueError(
                 f"`trainer_gpus` is {self.trainer_gpus:g}, fewer than the {processes} processes of `learner`"
             )
-        if self.learner.fully_sharded and processes > 1 and self.stack == "local" and self.engine.name == "vllm":
-            # Both want to be torch's default process group.
-            raise ValueError(
-                "`learner.fully_sharded` and the engine `vllm` cannot share the one process of stack `local`: "
-                "take stack `ray`, `monarch` or `hybrid`, or the engine `hf`"
-            )
         return self

@@ -1,4 +1,4 @@
-"""The stack in one process: whole runs with both engines, a broken engine's place, and nothing left behind."""
+"""The stack without a framework: whole runs with both engines, a broken engine's place, and nothing left behind."""
 
 import os
 import tempfile
@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from rl.config import EngineName, LearnerConfig, RunConfig
@@ -24,10 +25,11 @@ def _config(stack_run: Any, engine: EngineName, **settings: Any) -> RunConfig:
 
 
 def _left() -> list[str]:
-    """Stores and threads of this process that are still there."""
+    """Stores, threads and processes of this process that are still there."""
     folder = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(tempfile.gettempdir())
     stores = [str(path) for path in folder.glob(f"orchestrate-weights-{os.getuid()}-{os.getpid()}-*")]
-    return stores + [one.name for one in threading.enumerate() if one.name.startswith(("learner", "engine-"))]
+    hosts = [str(one.pid) for one in psutil.Process().children() if "rl.host_process" in one.cmdline()]
+    return stores + hosts + [one.name for one in threading.enumerate() if one.name.startswith("engine-")]
 
 
 async def test_an_asynchronous_run_with_vllm(stack_run: Any, tmp_path: Path) -> None:

@@ -185,9 +185,5 @@ async def test_closing_twice_or_before_opening_is_fine(model_folder: str) -> Non
 
 
 def test_a_learner_that_its_stack_cannot_host_is_refused() -> None:
-    sharded = LearnerConfig(num_processes=2, fully_sharded=True)
-    with pytest.raises(ValueError, match="cannot share the one process of stack `local`"):
-        RunConfig(stack="local", learner=sharded)
-    assert RunConfig(stack="ray", learner=sharded).learner.fully_sharded
     with pytest.raises(ValueError, match="`trainer_gpus` is 1, fewer than the 2 processes"):
         RunConfig(learner=LearnerConfig(num_processes=2), trainer_gpus=1)

@@ -84,12 +84,6 @@ def cells(config: BenchConfig) -> list[CellKey]:
     return list(dict.fromkeys(found))
 
 
-def calibrations(config: BenchConfig) -> list[CalibrationKey]:
-    """What the bounds of the cells are made of."""
-    wanted = [cell for cell in cells(config) if cell.workload == "tail"]
-    return list(dict.fromkeys(calibration_of(cell) for cell in wanted))
-
-
 def calibration_of(cell: CellKey) -> CalibrationKey:
     """The one that a cell's bound is made of."""
     return CalibrationKey(stack=cell.stack, engine=cell.engine, colocated=cell.mode == "sync-colocated")
@@ -97,14 +91,19 @@ def calibration_of(cell: CellKey) -> CalibrationKey:
 
 def schedule(config: BenchConfig) -> list[Measurement]:
     """Everything in the order of its measurement: each repeat goes through all, beginning at another one, so that no
-    cell has always the same neighbours or the same time of the day."""
+    cell has always the same neighbours or the same time of the day. A calibration stands in the midst of the cells
+    whose bound it makes: a machine that is slower for some minutes is so for both."""
+    together: dict[CalibrationKey | CellKey, list[CellKey]] = {}
+    for cell in cells(config):
+        together.setdefault(calibration_of(cell) if cell.workload == "tail" else cell, []).append(cell)
     planned = []
     passes = [(repeat, seed) for repeat in range(config.repeats) for seed in config.seeds]
     for number, (repeat, seed) in enumerate(passes):
-        of_this: tuple[list[CellKey | CalibrationKey], ...] = ([*calibrations(config)], [*cells(config)])
-        for keys in of_this:
-            shift = number * max(1, len(keys) // len(passes))
-            planned += [Measurement(key=key, seed=seed, repeat=repeat) for key in _rotated(keys, shift)]
+        for key in _rotated(list(together), number * max(1, len(together) // len(passes))):
+            of_key: list[CellKey | CalibrationKey] = [*_rotated(together[key], number)]
+            if isinstance(key, CalibrationKey):
+                of_key.insert(len(of_key) // 2, key)
+            planned += [Measurement(key=one, seed=seed, repeat=repeat) for one in of_key]
     return planned
 
 

@@ -35,7 +35,7 @@ class RecoveryRequest(Frozen):
 
 
 def can_be_killed(stack: str, killed: Killed) -> bool:
-    """Whether the role has processes that are not the run's own: on the stack `local`, only a learner's children."""
+    """Whether the role has a process that is not the run's own: on the stack `local`, only the trainer has."""
     return stack != "local" or killed == "trainer"
 
 
@@ -70,13 +70,6 @@ def measure_recovery(config: BenchConfig, stack: str, killed: Killed, seed: int,
 def recovery_config(config: BenchConfig, stack: str, seed: int) -> RunConfig:
     """The asynchronous cell of the stack, with checkpoints and an end."""
     cell = CellKey(stack=stack, mode="async", num_generators=config.num_generators, max_staleness=config.staleness)
-    run = run_config(config, cell, seed)
-    processes = {"num_processes": 2} if stack == "local" else {}
-    return run.model_copy(
-        update={
-            "learner": run.learner.model_copy(update=processes),
-            "updates": _UPDATES,
-            "checkpoint_every": _CHECKPOINT_EVERY,
-            "evaluation_prompts": 1,
-        }
+    return run_config(config, cell, seed).model_copy(
+        update={"updates": _UPDATES, "checkpoint_every": _CHECKPOINT_EVERY, "evaluation_prompts": 1}
     )

@@ -12,8 +12,6 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import psutil
-
 from rl.bench.child import answer
 from rl.bench.recovery import RecoveryRequest
 from rl.bench.results import Recovery
@@ -54,14 +52,10 @@ class Observer:
 
 
 def process_of(part: str, request: RecoveryRequest) -> int:
-    """The process that hosts a part now; on the stack `local`, a child of the learner. Raises LookupError."""
-    if request.config.stack == "local":
-        children = psutil.Process().children()
-        found = [child.pid for child in children if "rl.learner_processes" in child.cmdline()]
-    else:
-        # The processes of a run register for its watchdog: part, host, pid, beginning.
-        lines = [path.read_text().splitlines() for path in Path(request.folder, "stacks").glob("*.process")]
-        found = [int(pid) for name, _, pid, _ in lines if name == part and int(pid) != os.getpid()]
+    """The process that hosts a part now. Raises LookupError."""
+    # The processes of a run register for its watchdog: part, host, pid, beginning.
+    lines = [path.read_text().splitlines() for path in Path(request.folder, "stacks").glob("*.process")]
+    found = [int(pid) for name, _, pid, _ in lines if name == part and int(pid) != os.getpid()]
     if len(found) != 1:
         raise LookupError(f"`{part}` is hosted by processes {found}, wanted one")
     return found[0]

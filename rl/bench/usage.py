@@ -1,10 +1,9 @@
 """What each role takes of the machine: CPU seconds, and the most memory.
 
-A role is a process and all that it started; on the stack `local` it is a thread, whose CPU time alone can be told apart
-from the rest of the process. The threads that a role's thread starts for itself count for `loop` there.
+A role is a process and all that it started; a generator of the stack `local` is a thread of this process, whose CPU
+time alone can be told apart from the rest. The threads that it starts for itself count for `loop` there.
 """
 
-import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,18 +12,19 @@ import psutil
 
 from rl.bench.results import Role, RoleUsage
 
-_THREADS: dict[Role, str] = {"trainer": "learner", "generator": "engine-"}
-"""What the names of the roles' threads begin with."""
+_ENGINES = "engine-"
+"""What the names of the generators' threads begin with."""
 
 
 def cpu_s(processes: Mapping[str, int]) -> dict[Role, float]:
     """CPU seconds of each role since it began; `processes` says which process hosts which part."""
-    own = psutil.Process()
-    if _are_threads(processes):
-        by_thread = {one.id: one.user_time + one.system_time for one in own.threads()}
-        found = {role: sum(by_thread.get(one, 0.0) for one in _threads(prefix)) for role, prefix in _THREADS.items()}
-        return {**found, "loop": sum(by_thread.values()) - sum(found.values())}
-    return {role: sum(map(_cpu_s, pids)) for role, pids in _processes(processes).items()}
+    found = {role: sum(map(_cpu_s, pids)) for role, pids in _processes(processes).items()}
+    if "generator" not in found:
+        engines = {one.native_id for one in threading.enumerate() if one.name.startswith(_ENGINES)}
+        threads = [one for one in psutil.Process().threads() if one.id in engines]
+        found["generator"] = sum(one.user_time + one.system_time for one in threads)
+        found["loop"] -= found["generator"]
+    return found
 
 
 def peak_memory_bytes(processes: Mapping[str, int]) -> dict[Role, int]:
@@ -41,14 +41,6 @@ def usage(
         RoleUsage(role=role, peak_memory_bytes=memory.get(role, 0), cpu_s=max(0.0, seconds - before.get(role, 0.0)))
         for role, seconds in after.items()
     )
-
-
-def _are_threads(processes: Mapping[str, int]) -> bool:
-    return set(processes.values()) <= {os.getpid()}
-
-
-def _threads(prefix: str) -> list[int]:
-    return [one.native_id for one in threading.enumerate() if one.name.startswith(prefix) and one.native_id is not None]
 
 
 def _processes(processes: Mapping[str, int]) -> dict[Role, list[int]]:

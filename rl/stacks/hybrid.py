@@ -1,6 +1,6 @@
 """The trainer under Monarch, the generators in actors of Ray: composition only.
 
-loop -> MonarchTrainer -> store (shared memory, or files) -> RayGenerator, ...
+loop -> trainer under Monarch -> store (shared memory, or files) -> generators in Ray
 """
 
 import asyncio

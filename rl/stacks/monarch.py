@@ -1,6 +1,6 @@
 """Every part in a process of its own under Monarch, on this host: a service of one trainer, a service of generators.
 
-    loop -> MonarchTrainer | MonarchGenerator -> MonarchReplica -> Part (in its process) -> TrainerHost | GeneratorHost
+    loop -> HostedTrainer | HostedGenerator -> ReplicaHost -> Part (in its process) -> TrainerHost | GeneratorHost
 
 The services (`rl.services_monarch`) own the processes and are told when one dies. To the loop that is `PartLost`; a
 generator's place is taken by a spare whose imports are done, while its own successor gets ready in the background.
@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from rl.config import RunConfig
 from rl.gather import gather
+from rl.hosted import HostedGenerator, HostedTrainer
 from rl.hosting import Host, Kind, host_environment, model_folder, weight_store
 from rl.services import Replica, ReplicaLost, Service, ServiceSettings
-from rl.stack import GroupRequest, Loaded, PartLost, Published
+from rl.stack import PartLost
 from rl.stacks.composed import ComposedStack
-from rl.types import Batch, Group, TrainMetrics
 
 if TYPE_CHECKING:
     from rl.weights import WeightStoreHandle
@@ -52,51 +52,15 @@ class Part(Host):
         os.environ["CUDA_VISIBLE_DEVICES"] = devices
 
 
-class HostedPart:
+class ReplicaHost:
     """A replica that became a part of the run."""
 
     def __init__(self, replica: Replica) -> None:
         self.replica = replica
 
-    async def ping(self) -> int:
-        """A call without work; the number of its process."""
-        process: int = await self._ask("ping")
-        return process
-
-    async def _ask(self, method: str, *arguments: Any) -> Any:
+    async def call(self, method: str, *arguments: Any) -> Any:
+        """What the part's method returns or raises. Raises `PartLost` when the process is gone."""
         return await _ask(self.replica, "call", method, *arguments)
-
-
-class MonarchTrainer(HostedPart):
-    """A `Trainer` in a replica."""
-
-    async def update(self, batch: Batch) -> TrainMetrics:
-        """One optimizer step."""
-        metrics: TrainMetrics = await self._ask("update", batch)
-        return metrics
-
-    async def publish(self) -> Published:
-        """Let generators load the weights."""
-        published: Published = await self._ask("publish")
-        return published
-
-    async def save(self, folder: str) -> None:
-        """Into a folder of this host."""
-        await self._ask("save", str(Path(folder).absolute()))
-
-
-class MonarchGenerator(HostedPart):
-    """A `Generator` in a replica."""
-
-    async def generate(self, request: GroupRequest) -> Group:
-        """The finished group."""
-        group: Group = await self._ask("generate", request)
-        return group
-
-    async def load(self, version: int) -> Loaded:
-        """Go on with other weights."""
-        loaded: Loaded = await self._ask("load", version)
-        return loaded
 
 
 class MonarchTrainers:
@@ -107,7 +71,7 @@ class MonarchTrainers:
         self._model = model
         self._weights = weights
         self._service = service
-        self.living: MonarchTrainer | None = None
+        self.living: HostedTrainer[ReplicaHost] | None = None
 
     async def replace(self, folder: str) -> None:
         """Open the trainer, or another one where there was one, restored from `folder`."""
@@ -116,16 +80,16 @@ class MonarchTrainers:
         replica = await _opened(
             self._service,
             0,
-            None if self.living is None else self.living.replica,
+            None if self.living is None else self.living.host.replica,
             devices,
             ("open_trainer", self._config, self._model, self._weights, restored),
         )
-        self.living = MonarchTrainer(replica)
+        self.living = HostedTrainer(ReplicaHost(replica))
 
     async def close(self) -> None:
         """End what is hosted; the process ends with the service."""
         if self.living is not None:
-            await _close(self.living.replica)
+            await _close(self.living.host.replica)
 
 
 class MonarchGenerators:
@@ -136,21 +100,21 @@ class MonarchGenerators:
         self._model = model
         self._weights = weights
         self._service = service
-        self.living: list[MonarchGenerator] = []
+        self.living: list[HostedGenerator[ReplicaHost]] = []
 
     async def open(self) -> None:
         """All of them, with the model's own weights."""
         replicas = await gather(self._opened(number, None, 0) for number in range(self._config.num_generators))
-        self.living = [MonarchGenerator(replica) for replica in replicas]
+        self.living = [HostedGenerator(ReplicaHost(replica)) for replica in replicas]
 
     async def replace(self, number: int, version: int) -> None:
         """Another generator in the place of one that is lost."""
-        replica = await self._opened(number, self.living[number].replica, version)
-        self.living[number] = MonarchGenerator(replica)
+        replica = await self._opened(number, self.living[number].host.replica, version)
+        self.living[number] = HostedGenerator(ReplicaHost(replica))
 
     async def close(self) -> None:
         """End what is hosted; the processes end with the service."""
-        await gather(_close(generator.replica) for generator in self.living)
+        await gather(_close(generator.host.replica) for generator in self.living)
 
     async def _opened(self, number: int, lost: Replica | None, version: int) -> Replica:
         config = self._config

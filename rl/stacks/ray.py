@@ -1,6 +1,6 @@
 """Every part in an actor of Ray: one for the trainer, one for each generator, and a spare.
 
-    loop -> RayTrainer | RayGenerator -> HostActor -> Ray -> Host (in its process) -> TrainerHost | GeneratorHost
+    loop -> HostedTrainer | HostedGenerator -> HostActor -> Ray -> Host (in its process) -> TrainerHost | GeneratorHost
 
 Ray restarts nothing (`max_restarts=0`): an actor that dies is `PartLost` to the loop, which says what comes in its
 place. That is the spare, whose imports are done; its own successor gets ready in the background. Where generators have
@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from rl.config import RunConfig
 from rl.gather import gather
+from rl.hosted import HostedGenerator, HostedTrainer
 from rl.hosting import Host, Kind, host_environment, model_folder, weight_store
 from rl.ray_cluster import connected, is_one_host
-from rl.stack import GroupRequest, Loaded, PartLost, Published
-from rl.types import Batch, Group, TrainMetrics
+from rl.stack import PartLost
 
 if TYPE_CHECKING:
     from rl.weights import WeightStoreHandle
@@ -68,6 +68,10 @@ class HostActor:
         except TimeoutError:
             raise PartLost(f"`{self.name}` has not done `{method}` within {_OPEN_TIMEOUT_S:g} s") from None
 
+    async def call(self, method: str, *arguments: Any) -> Any:
+        """What the part's method returns or raises. Raises `PartLost` when the process is gone."""
+        return await self.ask("call", method, *arguments)
+
     async def ask(self, method: str, *arguments: Any) -> Any:
         """What the host's method returns or raises; it is cancelled there when it is cancelled here.
 
@@ -106,54 +110,6 @@ class HostActor:
         ray.kill(self._actor)
 
 
-class RayTrainer:
-    """A `Trainer` in an actor."""
-
-    def __init__(self, host: HostActor) -> None:
-        self.host = host
-
-    async def update(self, batch: Batch) -> TrainMetrics:
-        """One optimizer step."""
-        metrics: TrainMetrics = await self.host.ask("call", "update", batch)
-        return metrics
-
-    async def publish(self) -> Published:
-        """Let generators load the weights."""
-        published: Published = await self.host.ask("call", "publish")
-        return published
-
-    async def ping(self) -> int:
-        """A call without work; the number of its process."""
-        process: int = await self.host.ask("call", "ping")
-        return process
-
-    async def save(self, folder: str) -> None:
-        """Into a folder that the trainer's machine sees too."""
-        await self.host.ask("call", "save", str(Path(folder).absolute()))
-
-
-class RayGenerator:
-    """A `Generator` in an actor."""
-
-    def __init__(self, host: HostActor) -> None:
-        self.host = host
-
-    async def generate(self, request: GroupRequest) -> Group:
-        """The finished group."""
-        group: Group = await self.host.ask("call", "generate", request)
-        return group
-
-    async def load(self, version: int) -> Loaded:
-        """Go on with other weights."""
-        loaded: Loaded = await self.host.ask("call", "load", version)
-        return loaded
-
-    async def ping(self) -> int:
-        """A call without work; the number of its process."""
-        process: int = await self.host.ask("call", "ping")
-        return process
-
-
 class RayGenerators:
     """The generators of a run, and the spare."""
 
@@ -165,7 +121,7 @@ class RayGenerators:
         self._numbers = itertools.count()
         self._hosts: list[HostActor] = []
         self._spare: asyncio.Task[HostActor] | None = None
-        self.living: list[RayGenerator] = []
+        self.living: list[HostedGenerator[HostActor]] = []
 
     async def open(self) -> None:
         """All of them, with the model's own weights; nobody waits for the spare."""
@@ -191,10 +147,10 @@ class RayGenerators:
         await asyncio.gather(*(host.close() for host in self._hosts))
         self._hosts = []
 
-    async def _opened(self, number: int, version: int = 0, host: HostActor | None = None) -> RayGenerator:
+    async def _opened(self, number: int, version: int = 0, host: HostActor | None = None) -> HostedGenerator[HostActor]:
         host = host or await self._prepared()
         await host.begin("open_generator", self._config, number, self._model, self._weights, version)
-        return RayGenerator(host)
+        return HostedGenerator(host)
 
     async def _taken_spare(self) -> HostActor | None:
         """The spare, once it is ready; None where there is none. Raises `PartLost`."""
@@ -241,10 +197,10 @@ class RayStack:
         self._numbers = itertools.count()
         self._trainer_host: HostActor | None = None
         self._generators = RayGenerators(config, model, weights)
-        self.trainer: RayTrainer
+        self.trainer: HostedTrainer[HostActor]
 
     @property
-    def generators(self) -> Sequence[RayGenerator]:
+    def generators(self) -> Sequence[HostedGenerator[HostActor]]:
         """Those that live now."""
         return self._generators.living
 
@@ -264,7 +220,7 @@ class RayStack:
         await host.prepare(self._config, "trainer")
         restored = str(Path(folder).absolute()) if folder else ""
         await host.begin("open_trainer", self._config, self._model, self._weights, restored)
-        self.trainer = RayTrainer(host)
+        self.trainer = HostedTrainer(host)
 
     async def close(self) -> None:
         """End all processes, those too that are only half open."""
