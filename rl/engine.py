@@ -99,7 +99,7 @@ async def open_engine(
         if not gpus:
             import torch
 
-            # A trainer in the same process may have other plans.
+            # Whoever else computes in this process may have other plans.
             torch.set_num_threads(config.num_threads)
         if config.name == "hf":
             from rl.engine_hf import HfDriver

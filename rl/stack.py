@@ -4,8 +4,8 @@
          --version-------> Generator (pulls)                    Trainer --version-------> loop
 
 The loop passes prompts, groups and version numbers; weights go from trainer to generators by the stack's own way
-(`rl.weights`). A stack is hosting only: the same learner and the same engine run in this process, in Ray actors or in
-Monarch actors. Light: imports no torch, ray, monarch or vllm.
+(`rl.weights`). A stack is hosting only: the same learner and the same engine run in plain processes, in actors of Ray
+or in those of Monarch. Light: imports no torch, ray, monarch or vllm.
 """
 
 from collections.abc import Sequence
