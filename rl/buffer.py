@@ -45,7 +45,7 @@ class Buffer:
         self._max_staleness = max_staleness
         self._pace = policy == "pace"
         self._filter = filter_zero_variance
-        self._filtered_in_a_row = 0
+        self._filtered_in_a_row = state.filtered_in_a_row
 
         self.cursor = state.cursor
         self.tokens = state.tokens
@@ -168,6 +168,7 @@ class Buffer:
                 dropped=tuple(sorted(self._dropped)),
             ),
             tokens=self.tokens,
+            filtered_in_a_row=self._filtered_in_a_row,
             evaluated=evaluated,
         )
 

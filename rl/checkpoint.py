@@ -40,6 +40,11 @@ class Checkpoints:
         made = self._folder / f".{name}"
         (made / TRAINER).mkdir(parents=True)
         await trainer.save(str(made / TRAINER))
+        if not any((made / TRAINER).iterdir()):
+            raise OSError(
+                f"the trainer has saved to `{made / TRAINER}`, but nothing is there: its machine does not see this "
+                "folder\n\nhint: a folder of the run that all machines share"
+            )
         (made / STATE).write_text(state.model_dump_json())
         _sync(made)
         whole = self._folder / name

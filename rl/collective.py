@@ -1,7 +1,7 @@
 """What the processes of a learner add up together: gloo on CPUs, nccl on GPUs, on this host alone.
 
 The processes find each other through a file, and talk over the loopback interface. The group is not torch's default
-one, which belongs to the engine where both live in a process; only full sharding needs that.
+one, which only full sharding needs.
 """
 
 import os
@@ -43,14 +43,9 @@ class Collective:
         return total.to(tensor.device)
 
     def mesh(self) -> Any:
-        """All processes as a device mesh, for FSDP2. Raises RuntimeError where torch's default group is taken."""
+        """All processes as a device mesh, for FSDP2."""
         from torch.distributed.device_mesh import init_device_mesh
 
-        if dist.is_initialized() and not self._owns_default:
-            raise RuntimeError(
-                "`learner.fully_sharded` wants torch's default process group, which an engine in this process has\n\n"
-                "hint: a stack whose trainer has a process of its own (`ray`, `monarch`, `hybrid`), or the engine `hf`"
-            )
         if not self._owns_default:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK_INTERFACE)
             backend = "nccl" if self.device.type == "cuda" else "gloo"

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from rl.config import EngineConfig
 from rl.engine import ScoreRequest
 from rl.engine_environment import set_engine_environment
-from rl.engine_hf_batch import Batch, KeysAndValues, Turn, padded
+from rl.engine_hf_batch import KeysAndValues, Rows, Turn, padded
 from rl.engine_thread import Deliver, Request
 from rl.generate import Sample
 from rl.tokenizer import Tokenizer
@@ -109,7 +109,7 @@ class HfDriver:
 
         self._again = False
         with torch.inference_mode():
-            batch = Batch(self._turns, self._model.device)
+            batch = Rows(self._turns, self._model.device)
             cache = self._cache_for(batch)
             self._generation.max_new_tokens = batch.most
 
@@ -140,10 +140,10 @@ class HfDriver:
         self._kept = None
         del self._model
 
-    def _cache_for(self, batch: Batch) -> Any:
+    def _cache_for(self, batch: Rows) -> Any:
         """Keys and values of all rows but of their last tokens; None where no row has any, or they cannot be kept."""
         kept, self._kept = self._kept, None
-        if kept is None or not kept.whole:
+        if kept is None or not kept.can_be_rearranged:
             return None
         new = [turn.whole[:-1] for turn in batch.turns if not kept.holds(turn)]
         if len(new) == len(batch.turns):
@@ -157,13 +157,13 @@ class HfDriver:
         model = self._model.base_model
         return model(input_ids=token_ids, attention_mask=mask, position_ids=positions, use_cache=True).past_key_values
 
-    def _is_over(self, batch: Batch) -> bool:
+    def _is_over(self, batch: Rows) -> bool:
         """Whether to go on by another batch, or not at all."""
         num_running = sum(key in self._turns for _, key, _ in batch.running)
         waits = len(self._turns) > num_running
         return self._again or waits or num_running < _LEAST_RUNNING * len(batch.turns)
 
-    def _sample(self, batch: Batch, scores: "torch.Tensor") -> "torch.Tensor":
+    def _sample(self, batch: Rows, scores: "torch.Tensor") -> "torch.Tensor":
         """[batch, 1] the next token of each row, noted where the row still runs, delivered where it ends with it."""
         chosen, logprobs = batch.choose(scores)
         token_list: list[int] = chosen[:, 0].tolist()

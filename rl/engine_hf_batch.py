@@ -1,6 +1,6 @@
 """The rows of the control engine: turns, batches of them, and what the model has computed of a batch that ended.
 
-Turn, Turn, ... -> Batch -> choose, token by token          Batch, cache -> KeysAndValues -> cache of the next Batch
+Turn, Turn, ... -> Rows -> choose, token by token          Rows, cache -> KeysAndValues -> cache of the next Rows
 """
 
 from collections.abc import Mapping, Sequence
@@ -45,7 +45,7 @@ class Turn:
         )
 
 
-class Batch:
+class Rows:
     """The turns of one call of `generate`, a row each."""
 
     def __init__(self, turns: Mapping[int, Turn], device: "torch.device") -> None:
@@ -87,20 +87,21 @@ class Batch:
 class KeysAndValues:
     """What the model has computed of the rows of a batch that was ended, all but the last token of each."""
 
-    def __init__(self, batch: Batch, cache: Any) -> None:
+    def __init__(self, batch: Rows, cache: Any) -> None:
         self._rows = {turn: row for row, turn in enumerate(batch.turns)}
         self._cache = cache
-        self.whole = _is_plain(cache) and cache.get_seq_length() == batch.length - 1
+        self.can_be_rearranged = _is_plain(cache) and cache.get_seq_length() == batch.length - 1
         """Whether they can be taken apart by rows and columns: windows and states cannot."""
 
     def holds(self, turn: Turn) -> bool:
         """Whether it ran in that batch."""
         return turn in self._rows
 
-    def rearranged(self, batch: Batch, added: Any) -> Any:
+    def rearranged(self, batch: Rows, added: Any) -> Any:
         """As a cache for `batch`: the rows that are here, above those of the cache `added`, if any."""
         import torch
 
+        # Turns are in the order in which they came, so what was kept comes first.
         rows = [self._rows[turn] for turn in batch.turns if turn in self._rows]
         length = batch.length - 1
         for number, layer in enumerate(self._cache.layers):

@@ -76,6 +76,7 @@ class VllmDriver:
         from vllm import EngineArgs, LLMEngine
 
         self.version = version
+        self._num_swaps = 0
         self._config = config
         self._tokenizer = tokenizer
         self._deliver = deliver
@@ -144,8 +145,9 @@ class VllmDriver:
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
-        # Keys and values are shared among requests of the same salt alone.
-        prompt = tokens_input(list(request.token_ids), cache_salt=str(self.version))
+        # Keys and values are shared among requests of the same salt alone. A version is none: a trainer that went back
+        # to its checkpoint gives the same numbers to other weights.
+        prompt = tokens_input(list(request.token_ids), cache_salt=str(self._num_swaps))
         self._engine.add_request(name, prompt, params)
         self._turns[name] = _Turn(request, self._tokenizer) if isinstance(request, GenerateRequest) else None
 
@@ -184,6 +186,7 @@ class VllmDriver:
 
     def swap(self, tensors: "Mapping[str, torch.Tensor]", version: int) -> None:
         """Copy other weights in."""
+        self._num_swaps += 1
         with _one_forward_pass:
             self._engine.collective_rpc(reload, args=(dict(tensors), self.repack))
         if self._config.kv_policy == "recompute":

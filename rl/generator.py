@@ -77,7 +77,8 @@ class GeneratorHost:
             raise PartLost(f"generator {self._number}: {closed}") from closed
 
     async def load(self, version: int) -> Loaded:
-        """Go on with weights at least as new as `version`. Raises `ParityError`, `WeightsMissing`, `PartLost`."""
+        """Go on with weights at least as new as `version`. Raises `ParityError`, `WeightsMissing`, `WeightsLost`,
+        `PartLost`."""
         from rl.engine import EngineClosed
         from rl.parity import check_parity
 
@@ -119,8 +120,8 @@ class GeneratorHost:
 
         assert self._reader is not None, "weights are loaded from a store, and there is none"
         for attempt in range(_MOST_PULLS):
-            pulled = await self._reader.pull(version)
             try:
+                pulled = await self._reader.pull(version)
                 await asyncio.to_thread(self._copy, pulled.tensors)
                 pulled.check()
             except TornRead:

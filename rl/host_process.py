@@ -14,6 +14,7 @@ import pickle
 import signal
 import socket
 import sys
+import traceback
 from typing import Any
 
 from rl.config import RunConfig
@@ -45,22 +46,29 @@ class HostProcess:
         ours, theirs = socket.socketpair()
         with theirs:
             reader, self._writer = await asyncio.open_unix_connection(sock=ours, limit=_BUFFER_BYTES)
-            self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "rl.host_process", str(theirs.fileno())),
-                pass_fds=[theirs.fileno()],
-                stdin=asyncio.subprocess.DEVNULL,
-                env={**os.environ, **host_environment(config, kind)},
-                start_new_session=True,
-            )
+            try:
+                self._process = await asyncio.create_subprocess_exec(
+                    *(sys.executable, "-m", "rl.host_process", str(theirs.fileno())),
+                    pass_fds=[theirs.fileno()],
+                    stdin=asyncio.subprocess.DEVNULL,
+                    env={**os.environ, **host_environment(config, kind)},
+                    # Ctrl-C is for the run, which ends its parts in order.
+                    start_new_session=True,
+                )
+            except BaseException:
+                self._writer.close()
+                raise
         self._reading = asyncio.create_task(self._read(reader))
         await self.begin("prepare", config, kind)
 
     async def begin(self, method: str, *arguments: Any) -> Any:
         """A call that belongs to the opening, and so has a limit. Raises `PartLost`."""
         try:
-            async with asyncio.timeout(_OPEN_TIMEOUT_S):
+            async with asyncio.timeout(_OPEN_TIMEOUT_S) as limit:
                 return await self.ask(method, *arguments)
         except TimeoutError:
+            if not limit.expired():
+                raise
             raise PartLost(f"{self._name} has not done `{method}` within {_OPEN_TIMEOUT_S:g} s") from None
 
     async def call(self, method: str, *arguments: Any) -> Any:
@@ -85,30 +93,32 @@ class HostProcess:
         """End the part, then the process, whether it answers or not."""
         if self._process is None:
             return
-        with contextlib.suppress(Exception):
-            async with asyncio.timeout(_CLOSE_TIMEOUT_S):
-                await self.ask("close")
-        self._writer.close()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._process.wait(), _END_TIMEOUT_S)
-        await self.kill()
+        try:
+            with contextlib.suppress(Exception):
+                async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+                    await self.ask("close")
+            self._writer.close()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._process.wait(), _END_TIMEOUT_S)
+        finally:
+            await self._kill()
 
-    async def kill(self) -> None:
-        """End the process and all that it started in its group."""
+    async def _kill(self) -> None:
+        """What the process had started ends with it."""
         process, self._process = self._process, None
         if process is None:
             return
+        self._writer.close()
         if process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
         await process.wait()
         await self._reading
-        self._writer.close()
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         """Hand answers to those who wait, until the process ends."""
         assert self._process is not None
-        process = self._process
+        process, how = self._process, ""
         try:
             while True:
                 number, result, error = await _message(reader)
@@ -120,10 +130,12 @@ class HostProcess:
                 else:
                     answer.set_exception(error)
         except (EOFError, ConnectionError):
-            try:
+            with contextlib.suppress(TimeoutError):
                 how = f"ended with code {await asyncio.wait_for(process.wait(), _END_TIMEOUT_S)}"
-            except TimeoutError:
-                how = "does not answer"
+        except Exception as error:
+            how = f"gave an answer that cannot be read: {type(error).__name__}: {error}"
+        finally:
+            how = how or "does not answer"
             self._ended = f"{self._name} (process {process.pid}) {how}"
             for answer in self._answers.values():
                 if not answer.done():
@@ -150,6 +162,8 @@ async def _serve(descriptor: int) -> None:
         try:
             message = _as_message((number, await getattr(host, method)(*arguments), None))
         except Exception as error:
+            # What comes of it is told by whoever asked, who sees no stack of this process otherwise.
+            error.add_note(traceback.format_exc())
             message = _as_message((number, None, _sendable(error)))
         writer.writelines(message)
         with contextlib.suppress(ConnectionError):
@@ -160,19 +174,18 @@ async def _serve(descriptor: int) -> None:
             task = asyncio.create_task(answer(*await _message(reader)))
             running.add(task)
             task.add_done_callback(running.discard)
-    try:
-        async with asyncio.timeout(_CLOSE_TIMEOUT_S):
-            await host.close()
-    except BaseException:
-        # Whoever would hear of it is gone, and what still computes must not keep the process.
-        os._exit(1)
+    # Who wanted an orderly end has asked for it; for nobody, nothing that still computes may keep the process.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def _sendable(error: Exception) -> Exception:
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
+        plain = RuntimeError(f"{type(error).__name__}: {error}")
+        plain.add_note(traceback.format_exc())
+        return plain
     return error
 
 

@@ -58,7 +58,7 @@ def weight_store(transport: TransportName) -> "Iterator[WeightStoreHandle]":
 
 
 class Host:
-    """One process's part. A stack makes it in an actor of its own kind; used from one event loop."""
+    """One process's part. A stack makes it in a process of its own kind; used from one event loop."""
 
     def __init__(self) -> None:
         self._part: TrainerHost | GeneratorHost | None = None

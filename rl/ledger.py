@@ -58,5 +58,7 @@ class RunState(Frozen):
     """Finished, and not trained on yet."""
     ledger: Ledger = Ledger()
     tokens: Tokens = Tokens()
+    filtered_in_a_row: int = 0
+    """Groups that were filtered since the last one that was not."""
     evaluated: int = -1
     """The version that was evaluated last, -1 before the first evaluation."""

@@ -32,7 +32,7 @@ from rl.gather import gather
 from rl.ledger import RunState, group_id
 from rl.metrics import EvaluationRecord, Notice, Phases, Report, UpdateRecord
 from rl.prompts import PromptSet
-from rl.stack import GroupRequest, Loaded, PartLost, Published, Stack
+from rl.stack import GroupRequest, Loaded, PartLost, Published, Stack, WeightsLost
 from rl.types import UNSAMPLED, Batch, Group, TrainMetrics, Trajectory
 from rl.watchdog import Watchdog
 
@@ -124,7 +124,9 @@ class Loop:
                 for asker in askers:
                     asker.cancel()
         except ExceptionGroup as failed:
-            raise failed.exceptions[0] from None
+            # What a lost trainer brings about elsewhere is no reason of its own.
+            of_trainer = (error for error in failed.exceptions if isinstance(error, TrainerLost))
+            raise next(of_trainer, failed.exceptions[0]) from None
         newest = self._checkpoints.newest()
         assert newest is not None, "the first and the last update have a checkpoint"
         return newest
@@ -238,6 +240,8 @@ class Loop:
         try:
             with self._watchdog.phase("load", f"generator {number}"):
                 return await generator.load(version)
+        except WeightsLost as lost:
+            raise TrainerLost(str(lost)) from lost
         except PartLost as lost:
             await self._replace(number, generator, lost, version)
             return None
@@ -256,7 +260,10 @@ class Loop:
             self._report(Notice(event="generator_lost", message=f"generator {number} is lost: {error}"))
             began = self._clock()
             with self._watchdog.phase("replace", f"generator {number}"):
-                await self._stack.replace_generator(number, self._live if version is None else version)
+                try:
+                    await self._stack.replace_generator(number, self._live if version is None else version)
+                except WeightsLost as gone:
+                    raise TrainerLost(str(gone)) from gone
             took = f"{self._clock() - began:.1f} s"
             self._report(Notice(event="generator_replaced", message=f"generator {number} is back after {took}"))
 

@@ -149,7 +149,8 @@ def mismatch(sums: Tensor, largest: float) -> Mismatch | None:
 
 
 def _clips(settings: LossSettings, tokens: Tokens) -> Tensor:
-    """1 where the loss clips: for clipped surrogates where the clip takes the gradient away, else where it binds."""
+    """1 where the loss clips: for clipped surrogates where the clip takes the gradient away, else where it binds, as
+    the cap of a weight does."""
     base = _wanted(tokens.proximal, "proximal") if settings.name == "decoupled_ppo" else tokens.behaviour
     ratio = (tokens.logprobs - base).exp()
     above, below = ratio > 1 + settings.clip_high, ratio < 1 - settings.clip_low
@@ -160,8 +161,12 @@ def _clips(settings: LossSettings, tokens: Tokens) -> Tensor:
             return ratio > settings.cap
         case "cispo":
             return above | below
-        case "grpo" | "decoupled_ppo":
+        case "grpo":
             return (above & (tokens.advantages > 0)) | (below & (tokens.advantages < 0))
+        case "decoupled_ppo":
+            # With one step per batch the proximal policy is the trained one, and only the cap can bind.
+            capped = (base - tokens.behaviour).exp() > settings.cap
+            return capped | (above & (tokens.advantages > 0)) | (below & (tokens.advantages < 0))
 
 
 def _blanked(tokens: Tokens) -> Tokens:

@@ -63,6 +63,10 @@ class PartLost(Exception):
     """The process behind a generator or the trainer is gone. The argument says which and how."""
 
 
+class WeightsLost(Exception):
+    """Weights that were published went with the trainer that published them. The argument says which."""
+
+
 class ParityError(Exception):
     """Trainer and engine do not agree on what the weights say, so the run must stop. The argument is a report."""
 
@@ -75,7 +79,10 @@ class Generator(Protocol):
         ...
 
     async def load(self, version: int) -> Loaded:
-        """Go on with the weights of `version`; running requests are kept. Raises `PartLost` and `ParityError`."""
+        """Go on with the weights of `version`; running requests are kept.
+
+        Raises `PartLost`, `WeightsLost` and `ParityError`.
+        """
         ...
 
 
@@ -113,7 +120,7 @@ class Stack(Protocol):
         ...
 
     async def replace_generator(self, number: int, version: int) -> None:
-        """Start another in the place of one that is lost, with the weights of `version`."""
+        """Start another in the place of one that is lost, with the weights of `version`. Raises `WeightsLost`."""
         ...
 
     async def replace_trainer(self, folder: str) -> None:

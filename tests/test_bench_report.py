@@ -311,6 +311,8 @@ def test_findings_claim_nothing_within_the_spread() -> None:
     )
     assert "does not differ beyond the spread" in said["learning"]
     assert re.search(r": 1\.4\dx \(1\.\d\d-1\.\d\d\) what it does in turns on the same cores", headline(whole()))
+    of_peer = [finding.text for finding in findings(whole()) if finding.about == "TRL"]
+    assert ["Our engine lets go of rows that have ended" in text for text in of_peer] == [False, True]
     single = results(runs=tuple(run for run in whole().runs if run.seed == 0))
     said = {finding.about: finding.text for finding in findings(single)}
     assert "no difference beyond the spread" in said["async or in turns on all cores"], "1.14x of one run is nothing"

@@ -56,6 +56,18 @@ async def save(checkpoints: Checkpoints, update: int, trainer: Trainer) -> Path:
     return await checkpoints.save(RunState(update=update, cursor=7), trainer)  # type: ignore[arg-type]
 
 
+async def test_a_trainer_that_saves_elsewhere_costs_no_checkpoint(tmp_path: Path) -> None:
+    class Elsewhere:
+        async def save(self, folder: str) -> None:
+            """On another machine."""
+
+    checkpoints = Checkpoints(tmp_path)
+    saved = await save(checkpoints, 1, Trainer("weights"))
+    with pytest.raises(OSError, match="its machine does not see this folder"):
+        await checkpoints.save(RunState(update=2), Elsewhere())  # type: ignore[arg-type]
+    assert checkpoints.newest() == saved
+
+
 async def test_the_newest_is_found_and_the_older_ones_go(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.newest() is None

@@ -44,8 +44,9 @@ async def test_a_trainer_is_called_saved_and_ended(emulated: RunConfig, tmp_path
         assert set(others) == {pid} and pid != os.getpid() and psutil.Process(pid).ppid() == os.getpid()
         await trainer.save(str(tmp_path))
         assert list(tmp_path.iterdir())
-        with pytest.raises(AttributeError, match="no_such_method"):
+        with pytest.raises(AttributeError, match="no_such_method") as raised:
             await process.call("no_such_method")
+        assert "in call" in raised.value.__notes__[0], "where it was raised"
         assert await trainer.ping() == pid, "an error ends nothing"
     assert not psutil.pid_exists(pid)
     with pytest.raises(PartLost, match="the trainer"):

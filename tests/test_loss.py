@@ -270,6 +270,7 @@ def test_statistics_of_a_batch() -> None:
         (LossSettings(name="cispo", clip_low=0.2, clip_high=0.2), 0.5),
         (LossSettings(name="grpo"), 0.25),
         (LossSettings(name="decoupled_ppo"), 0.0),
+        (LossSettings(name="decoupled_ppo", cap=1.05), 0.5),
     ],
 )
 def test_what_counts_as_clipped(settings: LossSettings, share: float) -> None:

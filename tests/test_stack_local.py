@@ -24,11 +24,18 @@ def _config(stack_run: Any, engine: EngineName, **settings: Any) -> RunConfig:
     return config
 
 
+def _hosts_a_part(process: psutil.Process) -> bool:
+    try:
+        return "rl.host_process" in process.cmdline()
+    except psutil.NoSuchProcess:
+        return False
+
+
 def _left() -> list[str]:
     """Stores, threads and processes of this process that are still there."""
     folder = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(tempfile.gettempdir())
     stores = [str(path) for path in folder.glob(f"orchestrate-weights-{os.getuid()}-{os.getpid()}-*")]
-    hosts = [str(one.pid) for one in psutil.Process().children() if "rl.host_process" in one.cmdline()]
+    hosts = [str(one.pid) for one in psutil.Process().children() if _hosts_a_part(one)]
     return stores + hosts + [one.name for one in threading.enumerate() if one.name.startswith("engine-")]
 
 

@@ -154,6 +154,27 @@ def test_stores_of_dead_owners_are_removed() -> None:
     assert not Path(left.strip()).exists()
 
 
+def test_stores_of_another_number_space_are_let_be() -> None:
+    place = Path(shared_memory.create().place)
+    prefix, numbered, _ = place.name.rsplit("-", 2)
+    # Of a container that shares the folder: its numbers of processes say nothing here.
+    other = place.with_name(f"{prefix.rpartition('-')[0]}-999999999-{int(numbered) + 1}-abc")
+    other.touch()
+    try:
+        shared_memory.create()
+        assert other.exists()
+    finally:
+        other.unlink()
+
+
+def test_weights_that_have_no_room_are_refused(tmp_path: Path) -> None:
+    handle = WeightStoreHandle(transport="shared_memory", place=str(tmp_path / "store"))
+    huge = Manifest.of({"a": torch.zeros(1, dtype=torch.uint8).expand(1 << 50)})
+    with pytest.raises(OSError, match=r"hint: more shared memory"):
+        open_writer(handle, huge)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_probe_is_a_conversation_and_knows_what_differs() -> None:
     tokenizer = TinyTokenizer()
     tokens = probe_tokens(tokenizer)

@@ -1,6 +1,6 @@
 """The matrix: which cells there are, in which order they are measured, and the run that each is.
 
-BenchConfig -> Task (calibration or cell, of a seed and repeat), interleaved -> RunConfig
+BenchConfig -> Measurement (calibration or cell, of a seed and repeat), interleaved -> RunConfig
 """
 
 from collections.abc import Iterator
@@ -92,7 +92,8 @@ def calibration_of(cell: CellKey) -> CalibrationKey:
 def schedule(config: BenchConfig) -> list[Measurement]:
     """Everything in the order of its measurement: each repeat goes through all, beginning at another one, so that no
     cell has always the same neighbours or the same time of the day. A calibration stands in the midst of the cells
-    whose bound it makes: a machine that is slower for some minutes is so for both."""
+    whose bound it makes: a machine that is slower for some minutes is so for both. The modes of one stack are near each
+    other for that, those of two stacks some minutes apart: it takes several repeats to tell stacks apart."""
     together: dict[CalibrationKey | CellKey, list[CellKey]] = {}
     for cell in cells(config):
         together.setdefault(calibration_of(cell) if cell.workload == "tail" else cell, []).append(cell)

@@ -32,7 +32,7 @@ class BenchConfig(Frozen):
     modes: Annotated[list[Mode], Field(min_length=1)] = list(ALL_MODES)
     """How the two take turns, or do not."""
     parts: Annotated[list[Part], Field(min_length=1)] = list(ALL_PARTS)
-    """What is measured. All that needs cells is calibrated first."""
+    """What is measured; where there are cells, what their bounds are made of as well."""
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0, 1, 2]
     """Every seed runs through all cells; it is the seed of the prompts, the sampling, the lengths and `tiny`."""
     repeats: Annotated[int, Field(ge=1)] = 1

@@ -74,9 +74,10 @@ def peers(cells: Cells) -> Iterator[Finding]:
             best = max((key for key in ours if key.engine == engine), key=lambda key: ours[key].median)
             ratio = ours[best]
             verdict = "" if ratio.apart(ONE) else ", no difference beyond the spread"
+            same = " Our engine lets go of rows that have ended, TRL's computes them on to the end of its batch."
             yield Finding(
                 about="TRL",
                 text=f"{cell_name(best)} has {times_with_spread(ratio)} the samples/s of {cell_name(peer)}{verdict} "
                 f"({with_spread(metrics.SAMPLES.over(cells[best]))} and "
-                f"{with_spread(metrics.SAMPLES.over(cells[peer]))}).",
+                f"{with_spread(metrics.SAMPLES.over(cells[peer]))}).{same * (engine == peer.engine)}",
             )

@@ -84,7 +84,7 @@ def _durations(spans: Iterable[Span], kind: str, call_s: float) -> list[float]:
 
 
 def _loop_s_per_call(run: CellRun) -> float:
-    """CPU seconds of the loop for one call; 0 where the loop shares its process with the parts, which hides them.
+    """CPU seconds of the loop for one call; 0 where the loop shares its process with generators, which hides them.
 
     What the loop's process does beside its calls does not grow with them, so it is never more than a whole round trip.
     """

@@ -7,6 +7,7 @@ Sizes of messages are found after the run, so that they cost nothing while it go
 """
 
 import asyncio
+import os
 import pickle
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -70,7 +71,7 @@ class Trace:
     processes: dict[str, int] = field(default_factory=dict)
     """Part -> number of the process that hosts it."""
     pings_s: list[float] = field(default_factory=list)
-    """Round trips of calls without work, each part in turn, when nothing else went on."""
+    """Round trips of calls without work to every part in another process, in turn, when nothing else went on."""
 
     def of(self, method: Method) -> list[Call]:
         """Calls that were answered, in the order of their ends."""
@@ -155,7 +156,8 @@ class Meter:
     async def _ping(self, stack: Stack) -> None:
         # What the loop had let go of when it ended is over first.
         await asyncio.sleep(0.2)
-        for part in _parts(stack).values():
+        parts = [part for name, part in _parts(stack).items() if self.trace.processes[name] != os.getpid()]
+        for part in parts:
             for _ in range(_PINGS):
                 began = time.perf_counter()
                 await part.ping()

@@ -100,7 +100,7 @@ def plan(results: Results, quick: bool) -> list[Point]:
     bare = fitted[0].without_stack()
     points += [scaled_point(bare, size, _STALENESS, policy) for size in sizes for policy in _POLICIES]
     for latencies in fitted:
-        # Where parts are in the loop's own process, calls cost nothing.
+        # Where generators are in the loop's own process, their calls cost nothing.
         if latencies.loop_s_per_call:
             points += [scaled_point(latencies, size, _STACKS_STALENESS, "drop") for size in sizes]
     swept = sizes[0] if quick else SWEPT_GENERATORS

@@ -3,7 +3,7 @@
     open_stack -> store (shared memory) -> HostedTrainer -> HostProcess -> TrainerHost
                                        '-> GeneratorHost, ...
 
-The trainer has an interpreter of its own, so neither side computes while it waits for the other's. A generator is lost
+The trainer has an interpreter of its own, so neither side waits for the other's. A generator is lost
 here when its engine breaks down, a trainer when one of its processes does.
 """
 
@@ -60,7 +60,7 @@ class LocalStack:
     async def replace_trainer(self, folder: str) -> None:
         """Another process, restored from `folder`."""
         if self._trainer_host is not None:
-            await self._trainer_host.kill()
+            await self._trainer_host.close()
         self._trainer_host = host = HostProcess("the trainer")
         await host.prepare(self._config, "trainer")
         restored = str(Path(folder).absolute()) if folder else ""

@@ -14,6 +14,7 @@ from monarch.actor import Actor, endpoint, this_host
 from monarch.rdma import RDMABuffer
 from torch import Tensor
 
+from rl.stack import WeightsLost
 from rl.weights import NUM_SLOTS, Header, Manifest, Pulled, TornRead, WeightsMissing, WeightStoreHandle
 
 _TIMEOUT_S = 60
@@ -97,7 +98,7 @@ class Reader:
         self._stamp = torch.empty(1, dtype=torch.int64)
 
     async def pull(self, version: int) -> Pulled:
-        """Read the newest slot into this process's buffer."""
+        """Read the newest slot into this process's buffer. Raises `WeightsLost`."""
         found = await asyncio.wait_for(_done(self._handle.mailbox.newest.call_one()), _TIMEOUT_S)
         if found is None or found[0].version < version:
             has = f"version {found[0].version}" if found else "no weights yet"
@@ -105,8 +106,12 @@ class Reader:
         header, manifest, data, stamp = found
         if self._buffer.numel() != manifest.num_bytes:
             self._buffer = torch.empty(manifest.num_bytes, dtype=torch.uint8)
-        await _done(data.read_into(self._buffer, timeout=_TIMEOUT_S))
-        await _done(stamp.read_into(self._stamp.view(torch.uint8), timeout=_TIMEOUT_S))
+        try:
+            await _done(data.read_into(self._buffer, timeout=_TIMEOUT_S))
+            await _done(stamp.read_into(self._stamp.view(torch.uint8), timeout=_TIMEOUT_S))
+        except Exception as error:
+            # The memory is the trainer's; Monarch has no error of its own for a process that is gone.
+            raise WeightsLost(f"version {header.version} cannot be read from its trainer: {error}") from error
         if (there := int(self._stamp)) != header.version:
             raise TornRead(f"version {header.version} was overwritten{f' by {there}' if there >= 0 else ''}")
         return Pulled(header, manifest.views(self._buffer), manifest.num_bytes)

@@ -17,24 +17,26 @@ import torch
 from ray.exceptions import ObjectLostError
 from torch import Tensor
 
-from rl.stack import PartLost
+from rl.stack import WeightsLost
 from rl.weights import NUM_SLOTS, Header, Manifest, Pulled, WeightsMissing, WeightStoreHandle
 
 _TIMEOUT_S = 60.0
+_OWNED: dict[str, Any] = {}
+"""Place -> its actor, which ends with this process, however that ends."""
 
 
 def create() -> WeightStoreHandle:
     """A store of its own on the cluster this process is connected to."""
     name = f"weights-{uuid.uuid4().hex[:12]}"
     mailbox: Any = ray.remote(Mailbox)
-    # The reference is let go of, so the actor must be detached; `remove` ends it.
-    mailbox.options(name=name, lifetime="detached", num_cpus=0, max_restarts=-1).remote()
-    return WeightStoreHandle(transport="ray_objects", place=f"{ray.get_runtime_context().namespace}/{name}")
+    place = f"{ray.get_runtime_context().namespace}/{name}"
+    _OWNED[place] = mailbox.options(name=name, num_cpus=0, max_restarts=-1).remote()
+    return WeightStoreHandle(transport="ray_objects", place=place)
 
 
 def remove(handle: WeightStoreHandle) -> None:
     """End the actor; the objects are freed with its references."""
-    ray.kill(_mailbox(handle), no_restart=True)
+    ray.kill(_OWNED.pop(handle.place), no_restart=True)
 
 
 class Mailbox:
@@ -86,7 +88,7 @@ class Reader:
         self._held: Any = None
 
     async def pull(self, version: int) -> Pulled:
-        """Map the newest version; it is copied only from another node. Raises `PartLost` where its trainer is lost."""
+        """Map the newest version; it is copied only from another node. Raises `WeightsLost`."""
         found = await _within_limit(_mailbox(self._handle).newest.remote())
         if found is None or found[0].version < version:
             has = f"version {found[0].version}" if found else "no weights yet"
@@ -95,7 +97,7 @@ class Reader:
         try:
             array: numpy.ndarray[Any, Any] = await _within_limit(reference)
         except ObjectLostError:
-            raise PartLost(f"version {header.version} is gone with the trainer that put it there") from None
+            raise WeightsLost(f"version {header.version} is gone with the trainer that put it there") from None
         self._held = array
         return Pulled(header, manifest.views(_as_tensor(array)), manifest.num_bytes)
 

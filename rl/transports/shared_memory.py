@@ -10,6 +10,7 @@ import contextlib
 import json
 import mmap
 import os
+import shutil
 import struct
 import tempfile
 import uuid
@@ -34,16 +35,25 @@ _PREFIX = "orchestrate-weights"
 def create() -> WeightStoreHandle:
     """A store of its own, owned by this process; what dead owners left is removed."""
     folder = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(tempfile.gettempdir())
-    for left in folder.glob(f"{_PREFIX}-{os.getuid()}-*"):
+    numbered = _number_space()
+    for left in folder.glob(f"{_PREFIX}-{os.getuid()}-*-{numbered}-*") if numbered else ():
         if not Path("/proc", left.name.split("-")[3]).exists():
             left.unlink(missing_ok=True)
-    name = f"{_PREFIX}-{os.getuid()}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
+    name = f"{_PREFIX}-{os.getuid()}-{os.getpid()}-{numbered}-{uuid.uuid4().hex[:12]}"
     return WeightStoreHandle(transport="shared_memory", place=str(folder / name))
 
 
 def remove(handle: WeightStoreHandle) -> None:
     """Remove the store; ends that are open go on reading what they have."""
     Path(handle.place).unlink(missing_ok=True)
+
+
+def _number_space() -> int:
+    """What numbers of processes mean something here: containers may share the folder, but not these. 0: not known."""
+    try:
+        return Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:
+        return 0
 
 
 class _Mapped:
@@ -192,7 +202,18 @@ def _make(path: Path, manifest: Manifest) -> None:
     start = _first_slot(len(text))
     temporary = path.with_name(f"{path.name}.partial")
     with open(os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), "r+b") as file:  # noqa: PTH123 - mode 0600
-        file.truncate(start + NUM_SLOTS * (_HEADER_ROOM + manifest.num_bytes))
+        size = start + NUM_SLOTS * (_HEADER_ROOM + manifest.num_bytes)
+        try:
+            # Room that is only promised would be missed in the middle of a copy, which ends the process.
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise OSError(
+                error.errno,
+                f"the weights want {size >> 20} MB in `{path.parent}`, which has "
+                f"{shutil.disk_usage(path.parent).free >> 20} MB: {error.strerror}\n\n"
+                "hint: more shared memory for the container (`--shm-size`, `--ipc host`), or `transport: file`",
+            ) from None
         file.write(_FILE.pack(_MAGIC, len(text), manifest.num_bytes, -1) + text)
         for number in range(NUM_SLOTS):
             file.seek(start + number * (_HEADER_ROOM + manifest.num_bytes))
