@@ -1,11 +1,12 @@
 """What the worker does for a run: `run_step` attaches to or starts one attempt; three short ones keep its records.
 
-Fatal: a step that cannot be dispatched. Best effort: events and the report file; a full disk must not fail a run that
-Temporal already knows to be done.
+Fatal: a step that cannot be dispatched, at once or after a few attempts. Best effort: events and the report file; a
+full disk must not fail a run that Temporal already knows to be done.
 """
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import shutil
@@ -25,17 +26,20 @@ from bridge.cache import StepCache
 from bridge.cache_key import digest
 from bridge.calls import Begin, Begun, Finish, Record, StepCall
 from bridge.dispatch import Dispatch, Handle, WrongNode
-from bridge.lookup import cache_fields, find_cached, keep
+from bridge.lookup import cache_fields, find_cached, keep, write_fields
 from bridge.records import append_event, new_event, run_dir
 from bridge.report import with_tails
-from steps import Progress, StepRequest, StepResult
-from steps._files import attempt_dir, write_whole
+from steps import Progress, StepError, StepRequest, StepResult
+from steps._files import HOST, attempt_dir, write_whole
+from steps._secrets import run_secrets_dir
 
 HEARTBEAT_INTERVAL_S = 0.4
 BRIEF_S = 0.5
 """How long a step may take to count as one that ends soon."""
 WRONG_NODE_LIMIT_S = 30.0
 """How long a step on another machine is left to the workers there before it counts as lost."""
+_OUT_OF = frozenset({errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+"""Errors of a machine that has none left of something for a moment."""
 log = logging.getLogger(__name__)
 
 Place = Callable[[StepCall], Dispatch]
@@ -80,22 +84,43 @@ class Activities:
         return await self._run_step(call, lambda attach: attend(attach_and_cancel))
 
     async def _run_step(self, call: StepCall, attend: Attend) -> StepResult:
+        """The end of an attempt. What keeps it from starting ends it too, or it would be tried for ever, unseen."""
         request = call.request
-        is_new = not attempt_dir(request).exists()
-        fields: dict[str, str] = {}
-        if call.cache is not None:
-            # Taken before the step runs: a step that changes its own inputs must run again.
+        try:
+            return await self._start_or_find(call, attend)
+        except StepError as error:
+            # Its folder may be another step's, so nothing is written there.
+            self._append_step(request, "step_finished", message=str(error))
+            return StepResult(outcome="failed", reason="error", error=str(error), final=True)
+        except OSError as error:
+            if isinstance(error, TimeoutError) or error.errno in _OUT_OF:
+                raise
+            if os.path.lexists(attempt_dir(request) / HOST):
+                # It runs, or has ended: it must be found again.
+                raise
+            result = StepResult(outcome="failed", reason="infrastructure", error=_cannot_start(request, error))
+            self._write_finished(request, result)
+            return result
+
+    async def _start_or_find(self, call: StepCall, attend: Attend) -> StepResult:
+        request = call.request
+        folder = attempt_dir(request)
+        fields: dict[str, str] | None = None
+        is_new = not folder.exists()
+        if call.cache is not None and is_new:
+            # Taken once, before the step runs: a step that changes its own inputs must run again.
             fields = await asyncio.to_thread(cache_fields, call, self._cache)
-            look_up = call.look_up and is_new
-            if look_up and (found := self._cache.find(digest(fields), plan_dir=request.plan_dir)) is not None:
+            if call.look_up and (found := self._cache.find(digest(fields), plan_dir=request.plan_dir)) is not None:
                 return found
         if is_new:
             self._append_step(request, "step_started" if request.attempt == 1 else "step_retry", message=request.type)
+        if fields is not None:
+            write_fields(folder, fields)
         async with job_keeper.kept(request, lambda: self._attach(call)) as attach:
             result = await attend(attach)
         self._write_finished(request, result)
         if call.cache is not None:
-            await asyncio.to_thread(keep, call, fields, result, self._cache)
+            await asyncio.to_thread(keep, call, result, self._cache)
         return result
 
     @activity.defn(name="begin")
@@ -126,11 +151,9 @@ class Activities:
     async def finish(self, finish: Finish) -> None:
         """Write `report.json` and `run_finished`; forget the secrets that were given for this run."""
         report = finish.report
-        shutil.rmtree(self._secrets_dir / "runs" / report.workflow_id, ignore_errors=True)
+        shutil.rmtree(run_secrets_dir(self._secrets_dir, report.workflow_id), ignore_errors=True)
         with contextlib.suppress(OSError):
-            folder = run_dir(finish.log_dir, report.workflow_id, report.run_id)
-            folder.mkdir(parents=True, exist_ok=True)
-            write_whole(folder / "report.json", with_tails(report).model_dump_json(indent=1))
+            await asyncio.to_thread(_write_report, finish)
         self._append(
             finish.log_dir,
             report.workflow_id,
@@ -190,6 +213,20 @@ class Activities:
             append_event(run_dir(log_dir, workflow_id, run_id), new_event(workflow_id, run_id, **fields))
         except OSError as error:
             log.warning("event not written: %s", error)
+
+
+def _write_report(finish: Finish) -> None:
+    report = finish.report
+    folder = run_dir(finish.log_dir, report.workflow_id, report.run_id)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "report.json", with_tails(report).model_dump_json(indent=1))
+
+
+def _cannot_start(request: StepRequest, error: OSError) -> str:
+    return (
+        f"step `{request.step_id}` cannot start: {error}\n\n"
+        f"hint: its files go to `{request.log_dir}`, wanted a folder with room left in which the worker may write"
+    )
 
 
 async def attend(attach: Attach) -> StepResult:

@@ -32,7 +32,7 @@ class Beginnings:
     async def begin(self, call: StepCall) -> StepResult | None:
         """The result of a step that ends soon; None for one that goes on. Raises `ActivityError`.
 
-        Waits for ever once `stop` was called: the execution is about to end.
+        Once `stop` was called it waits for `resume`: the execution is about to end.
         """
         async with self._places:
             await self._rest_now_and_then()
@@ -55,6 +55,10 @@ class Beginnings:
         """Begin no more, and wait until none runs."""
         self._is_stopped = True
         await workflow.wait_condition(lambda: not self._num_running)
+
+    def resume(self) -> None:
+        """Begin again: the execution goes on after all."""
+        self._is_stopped = False
 
     async def _rest_now_and_then(self) -> None:
         """Hold back local activities for one scheduled one: only then does Temporal pass on cancels and questions."""

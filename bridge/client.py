@@ -9,8 +9,10 @@ Without an address the local services are found or started; with one, or `TEMPOR
 import asyncio
 import os
 import secrets
+import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import AbstractAsyncContextManager, nullcontext
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,14 @@ from temporalio.exceptions import WorkflowAlreadyStartedError
 from bridge.cache import StepCache
 from bridge.calls import RunInput
 from bridge.checks import check_plan
+from bridge.current_cluster import chosen_cluster
 from bridge.lookup import explain
 from bridge.params import resolve_params
 from bridge.plan import Plan, with_defaults
 from bridge.reader import LoadedPlan, read_plan_text, read_steps_json_text
 from bridge.report import RunProgress, RunReport, RunSummary
+from bridge.retries import kept_reports
+from bridge.run_secrets import handed_over
 from bridge.runs import ClientError, RunConflict, RunNotFound, Runs
 from bridge.state import State
 from bridge.temporal import connect_temporal, has_workers, is_remote
@@ -37,7 +42,10 @@ TASK_QUEUE = "orchestration"
 
 
 class SecretsNeeded(ClientError):
-    """The plan names secrets that are not known here; the arguments are their names."""
+    """The plan names secrets that the caller must have a say in; the arguments are their names.
+
+    Those that `secrets` says nothing of, where the caller is another process, or else those that are not known here.
+    """
 
 
 @dataclass(frozen=True)
@@ -54,11 +62,21 @@ class RunHandle:
 class Client:
     """What can be asked about runs. Its methods are also the gateway's."""
 
-    def __init__(self, temporal: TemporalClient, task_queue: str, state: State, *, local: bool) -> None:
+    def __init__(
+        self,
+        temporal: TemporalClient,
+        task_queue: str,
+        state: State,
+        *,
+        local: bool,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """`environment`: the caller's. None where callers are other processes, which `submit` and `retry` ask."""
         self.temporal = temporal
         self.task_queue = task_queue
         self.state = state
         self._local = local
+        self._environment = environment
         self._runs = Runs(temporal)
 
     @classmethod
@@ -79,7 +97,8 @@ class Client:
             services = await asyncio.to_thread(ensure, state.create())
             address = services.address
         temporal = await connect_temporal(address, namespace, state)
-        return cls(temporal, task_queue or os.environ.get("TEMPORAL_TASK_QUEUE", TASK_QUEUE), state, local=local)
+        queue = task_queue or os.environ.get("TEMPORAL_TASK_QUEUE", TASK_QUEUE)
+        return cls(temporal, queue, state, local=local, environment=os.environ)
 
     async def run(self, plan: Plan | LoadedPlan, **options: Any) -> RunReport:
         """`start`, then `wait`."""
@@ -100,19 +119,24 @@ class Client:
         """Start a checked plan. Raises `PlanError`, `RunConflict`, `SecretsNeeded`.
 
         `plan_dir` is what relative paths are relative to: the plan file's folder, or the current directory.
-        `default_log_dir` counts when neither `log_dir` nor the plan says where logs go.
+        `default_log_dir` counts when neither `log_dir` nor the plan says where logs go. `secrets` win over the caller's
+        environment, which wins over those that are stored.
         """
         loaded = plan if isinstance(plan, LoadedPlan) else _loaded(plan, plan_dir)
         run = self._run_input(loaded, params or {}, log_dir, default_log_dir)
-        workflow_id = workflow_id or _new_workflow_id(run.plan.name)
-        self._keep_secrets(run, workflow_id, secrets or {})
+        return await self._start_checked(loaded, run, workflow_id, self._own_secrets(run, secrets or {}))
+
+    async def _start_checked(
+        self, loaded: LoadedPlan, run: RunInput, workflow_id: str | None, own_secrets: Mapping[str, str] | None
+    ) -> RunHandle:
+        workflow_id = _checked_id(workflow_id or _new_workflow_id(run.plan.name))
         warnings = [str(warning) for warning in loaded.warnings]
         if not self._local and not await has_workers(self.temporal, self.task_queue):
             warnings.append(
                 f"warning: no worker serves task queue `{self.task_queue}`; the run waits for one\n"
                 f"  hint: orchestrate worker --task-queue {self.task_queue}"
             )
-        return await self._start(run, workflow_id, tuple(warnings))
+        return await self._start(run, workflow_id, tuple(warnings), own_secrets)
 
     async def submit(
         self,
@@ -123,19 +147,19 @@ class Client:
         log_dir: str | None = None,
         default_log_dir: str | None = None,
         format: str = "yaml",
-        secrets: Mapping[str, str] | None = None,
+        secrets: Mapping[str, str | None] | None = None,
+        ray_address: str = "",
     ) -> RunHandle:
-        """Read, check and start the plan in `text`, which came from `path`. `PlanError` holds all that is wrong."""
+        """Read, check and start the plan in `text`, which came from `path`. `PlanError` holds all that is wrong.
+
+        `ray_address` is the caller's `RAY_ADDRESS`.
+        """
         read = read_steps_json_text if format == "json" else read_plan_text
         loaded = await asyncio.to_thread(read, text, Path(path))
-        return await self.start(
-            loaded,
-            params=given,
-            workflow_id=workflow_id,
-            log_dir=log_dir,
-            default_log_dir=default_log_dir,
-            secrets=secrets,
-        )
+        run = self._run_input(loaded, given or {}, log_dir, default_log_dir)
+        own_secrets = self._own_secrets(run, secrets or {}, asks=self._environment is None)
+        handle = await self._start_checked(loaded, run, workflow_id, own_secrets)
+        return replace(handle, warnings=(*handle.warnings, *self._ray_warnings(run, ray_address)))
 
     async def wait(self, workflow_id: str, run_id: str | None = None) -> RunReport:
         """Wait for the end of a run; its report, whatever the outcome."""
@@ -164,18 +188,21 @@ class Client:
         await self._runs.cancel(workflow_id, run_id)
 
     async def retry(
-        self, workflow_id: str, run_id: str | None = None, secrets: Mapping[str, str] | None = None
+        self, workflow_id: str, run_id: str | None = None, secrets: Mapping[str, str | None] | None = None
     ) -> RunHandle:
-        """Run again what did not succeed; steps that did keep their outputs. Raises `RunConflict` while it goes on."""
+        """Run again what did not succeed, and what follows from it; the other steps keep their outputs.
+
+        Raises `RunConflict` while the run goes on.
+        """
         run_id = run_id or await self._runs.newest(workflow_id)
         if await self._runs.is_running(workflow_id, run_id):
             raise RunConflict(f"run `{workflow_id}` goes on\n\nhint: `orchestrate cancel {workflow_id}` first")
         before = await self._runs.input(workflow_id, run_id)
+        own_secrets = self._own_secrets(before, secrets or {}, asks=self._environment is None)
         report = await self.wait(workflow_id, run_id)
-        kept = [step for step in report.steps if step.outcome == "succeeded"]
+        kept = kept_reports(before.plan, report.steps)
         run = before.model_copy(update={"reports": kept, "attempts": {}, "started_at": None, "sequence": 0})
-        self._keep_secrets(run, workflow_id, secrets or {})
-        return await self._start(run, workflow_id, ())
+        return await self._start(run, workflow_id, (), own_secrets)
 
     async def explain(
         self, text: str, path: str, given: Mapping[str, Any] | None = None, step_id: str = ""
@@ -188,21 +215,27 @@ class Client:
         changes = await asyncio.to_thread(explain, run, step_id, StepCache(self.state.cache_file))
         return [change._asdict() for change in changes]
 
-    async def _start(self, run: RunInput, workflow_id: str, warnings: tuple[str, ...]) -> RunHandle:
+    async def _start(
+        self, run: RunInput, workflow_id: str, warnings: tuple[str, ...], own_secrets: Mapping[str, str] | None
+    ) -> RunHandle:
+        keeping: AbstractAsyncContextManager[None] = nullcontext()
+        if own_secrets is not None:
+            keeping = handed_over(self.temporal, self.state.secrets_dir, workflow_id, own_secrets)
         try:
-            handle = await self.temporal.start_workflow(
-                "PlanWorkflow",
-                run,
-                id=workflow_id,
-                task_queue=self.task_queue,
-                # A worker killed in the middle of a decision costs this long; a large plan takes longer to decide,
-                # and on a busy machine a time that is too short would be over again and again.
-                task_timeout=timedelta(seconds=min(10.0, 2 + len(run.plan.steps) / 100)),
-                id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
-                memo={"plan": run.plan.name},
-                static_summary=f"{run.plan.name}: {len(run.plan.steps)} steps",
-                request_eager_start=True,
-            )
+            async with keeping:
+                handle = await self.temporal.start_workflow(
+                    "PlanWorkflow",
+                    run,
+                    id=workflow_id,
+                    task_queue=self.task_queue,
+                    # A worker killed in the middle of a decision costs this long; a large plan takes longer to decide,
+                    # and on a busy machine a time that is too short would be over again and again.
+                    task_timeout=timedelta(seconds=min(10.0, 2 + len(run.plan.steps) / 100)),
+                    id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
+                    memo={"plan": run.plan.name},
+                    static_summary=f"{run.plan.name}: {len(run.plan.steps)} steps",
+                    request_eager_start=True,
+                )
         except WorkflowAlreadyStartedError:
             raise RunConflict(
                 f"a run with workflow id `{workflow_id}` goes on\n\nhint: choose another `--workflow-id`"
@@ -232,21 +265,47 @@ class Client:
             return Path(chosen).absolute() if chosen else self.state.run_log_dir
         return folder / (given or plan.log_dir or "")
 
-    def _keep_secrets(self, run: RunInput, workflow_id: str, given: Mapping[str, str]) -> None:
-        """Put secrets that came with the request where the local worker's steps find them, and nowhere else."""
-        from bridge.state import write_private
+    def _own_secrets(
+        self, run: RunInput, given: Mapping[str, str | None], *, asks: bool = False
+    ) -> Mapping[str, str] | None:
+        """The caller's values of the plan's secrets: of `given` (None says it has none), then of its environment.
+
+        With `asks` it must say something of each. None when there is nothing to hand over: no secrets, or a worker
+        elsewhere. Raises `SecretsNeeded`.
+        """
         from steps._secrets import is_known
 
         names = {name for step in run.plan.steps for name in step.secret_variables.values()}
         if not self._local or not names:
-            return
-        folder = self.state.secrets_dir / "runs" / workflow_id
-        for name in names & given.keys():
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_private(folder / name, given[name])
-        missing = sorted(name for name in names if name not in given and not is_known(name, self.state.secrets_dir))
+            return None
+        if asks and (unsaid := names - given.keys()):
+            raise SecretsNeeded(*sorted(unsaid))
+        said = {**(self._environment or {}), **given}
+        own = {name: value for name in names if (value := said.get(name)) is not None}
+        missing = sorted(name for name in names - own.keys() if not is_known(name, self.state.secrets_dir))
         if missing:
             raise SecretsNeeded(*missing)
+        return own
+
+    def _ray_warnings(self, run: RunInput, wanted: str) -> list[str]:
+        """One where steps go to another Ray than the caller's `RAY_ADDRESS`: that of the worker counts."""
+        if not self._local or not wanted or not any(step.resources or step.image for step in run.plan.steps):
+            return []
+        used = chosen_cluster(self.state)[0]
+        if wanted == used:
+            return []
+        at = f"`{used}`" if used else "the local Ray"
+        return [f"warning: RAY_ADDRESS is `{wanted}`, but the running services use {at}; `orchestrate down` ends them"]
+
+
+def _checked_id(workflow_id: str) -> str:
+    """Raises `ClientError` for an id that no terminal, header or file can hold."""
+    if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in workflow_id):
+        raise ClientError(
+            f"workflow id is `{ascii(workflow_id)[1:-1]}`, wanted a text without control characters\n\n"
+            "hint: choose another `--workflow-id`"
+        )
+    return workflow_id
 
 
 def _loaded(plan: Plan, plan_dir: str | Path | None) -> LoadedPlan:

@@ -1,6 +1,7 @@
 """The cluster that `orchestrate cluster up` has brought up last: where steps that ask for resources go.
 
-`RAY_ADDRESS` wins over it, and the local Ray is used when there is neither.
+`RAY_ADDRESS` wins over it, and the local Ray is used when there is neither. Steps that drive a container engine stay
+with the local Ray: the nodes of a cluster that was brought up are containers themselves, in which no engine answers.
 """
 
 import json
@@ -43,11 +44,14 @@ def forget_cluster(state: State, name: str) -> None:
         _path(state).unlink(missing_ok=True)
 
 
-def chosen_cluster(state: State) -> tuple[str, str]:
-    """Address and token file of the cluster that `RAY_ADDRESS` names, else of the current one; empty for none."""
+def chosen_cluster(state: State, *, with_engine: bool = False) -> tuple[str, str]:
+    """Address and token file of the cluster that `RAY_ADDRESS` names, else of the current one; empty for none.
+
+    `with_engine`: for a step that drives a container engine.
+    """
     if address := os.environ.get("RAY_ADDRESS"):
         return address, os.environ.get("RAY_AUTH_TOKEN_PATH", "")
-    found = current_cluster(state)
+    found = None if with_engine else current_cluster(state)
     return (found.address, found.token_file) if found else ("", "")
 
 

@@ -16,6 +16,8 @@ from temporalio.service import RPCError
 
 from bridge.cache import StepCache
 from bridge.payloads import payload_dir, prune
+from bridge.run_secrets import sweep
+from bridge.runs import ClientError
 from bridge.state import State
 from container import reaper
 
@@ -52,6 +54,10 @@ async def keep_house(temporal: Client, state: State) -> None:
         await asyncio.to_thread(_remove_unused, state)
     except OSError as error:
         log.warning("old files are not removed: %s", error)
+    try:
+        await sweep(temporal, state.secrets_dir)
+    except (OSError, RPCError, ClientError) as error:
+        log.warning("secrets of runs that are over are not removed: %s", error)
     # What a Ray that died with all around it left on this machine.
     for name in await asyncio.to_thread(reaper.reap, os.environ):
         log.warning("removed container %s, whose owner is gone", name)

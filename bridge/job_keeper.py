@@ -11,13 +11,16 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 
+from temporalio import activity
+
 from bridge.calls import Finish
 from bridge.dispatch import Handle
 from bridge.job_files import JobFiles
 from bridge.job_look import conclude_from
 from bridge.jobs import STEP_ID, read_record
 from steps import Progress, StepRequest, StepResult
-from steps._process import is_alive
+from steps._files import RESULT, attempt_dir
+from steps._process import TOLD_TO_END, is_alive
 
 STEP_TYPE = "container_job"
 COPY_INTERVAL_S = 0.5
@@ -37,7 +40,7 @@ async def kept(request: StepRequest, attach: Attach) -> AsyncIterator[Attach]:
     if record is None:
         yield attach
         return
-    job = _Job(JobFiles(record), request.run_id, attach)
+    job = _Job(JobFiles(record), request, attach)
     keeping = asyncio.create_task(job.keep())
     try:
         yield job.attach
@@ -63,14 +66,16 @@ async def conclude(finish: Finish) -> None:
 class _Job:
     """One attempt of a job that this worker attends to."""
 
-    def __init__(self, files: JobFiles, run_id: str, attach: Attach) -> None:
+    def __init__(self, files: JobFiles, request: StepRequest, attach: Attach) -> None:
         self._files = files
-        self._run_id = run_id
+        self._run_id = request.run_id
+        self._attempt_dir = attempt_dir(request)
         self._attach = attach
         self._node = ""
 
     async def attach(self) -> "_Handle":
-        return _Handle(await self._attach(), self._show)
+        had_ended = (self._attempt_dir / RESULT).exists()
+        return _Handle(await self._attach(), self._show, had_ended=had_ended)
 
     async def keep(self) -> None:
         """Until cancelled."""
@@ -91,18 +96,26 @@ class _Job:
 
 
 class _Handle:
-    """A handle whose progress is shown to two."""
+    """A handle whose progress is shown to two, and for which SIGTERM to the job's process stops the job."""
 
-    def __init__(self, handle: Handle, show: Callable[[Progress], None]) -> None:
+    def __init__(self, handle: Handle, show: Callable[[Progress], None], *, had_ended: bool) -> None:
+        """`had_ended`: before this worker attended to it."""
         self._handle = handle
         self._show = show
+        self._had_ended = had_ended
 
     async def wait(self, on_progress: Callable[[Progress], None]) -> StepResult:
         def show(progress: Progress) -> None:
             self._show(progress)
             on_progress(progress)
 
-        return await self._handle.wait(show)
+        result = await self._handle.wait(show)
+        was_told = result.reason == "infrastructure" and result.exit_code == TOLD_TO_END
+        # Where the services or the machine stop, so does this worker. Otherwise it was meant for this job alone.
+        if was_told and not self._had_ended and not activity.is_worker_shutdown():
+            stopped = {"outcome": "cancelled", "reason": "cancelled", "exit_code": None}
+            return result.model_copy(update=stopped)
+        return result
 
     async def cancel(self) -> StepResult:
         return await self._handle.cancel()

@@ -5,6 +5,7 @@
          -> nobody knows the run:            the result or the process of its last attempt, else LOST
 
 LOST is a job that nobody will finish: the service does not know its run, its process is gone and has left no result.
+The container it may have left is ended before a job counts as LOST, so that another run of it has no twin.
 What is seen is written to the job's files as well.
 """
 
@@ -18,13 +19,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from bridge.job_files import JobFiles, Kept, moment, status_line
-from bridge.jobs import JobRecord, State
+from bridge.jobs import STEP_ID, JobRecord, State
 from bridge.view import UNFINISHED
-from steps._files import read_result
+from steps._files import CANCEL, read_result
 from steps._process import is_alive
 
 RC_TIMEOUT, RC_NOT_RUN = 124, 125
 """Exit codes of jobs whose command has none: what `timeout` and `docker run` give."""
+CONTAINER_GRACE_S = 5.0
+"""Between SIGTERM and SIGKILL for the container of a lost job."""
 MISSED_HEARTBEATS = 3
 """A job that goes on without so many heartbeats is stale."""
 
@@ -71,8 +74,10 @@ def ending(outcome: str, exit_code: int | None, error: str) -> tuple[State, int 
 def stop_orphan(record: JobRecord) -> None:
     """End the process of a job whose run nobody knows any more; its container ends with it."""
     files = JobFiles(record)
-    host = files.host(files.read())
-    if host is not None and host["isolated"] and is_alive(host):
+    kept = files.read()
+    host, folder = files.host(kept), files.attempt_dir(kept)
+    if host is not None and folder is not None and host["isolated"] and is_alive(host):
+        (folder / CANCEL).touch()
         with contextlib.suppress(ProcessLookupError):
             os.kill(host["pid"], signal.SIGTERM)
 
@@ -152,9 +157,20 @@ def _left_behind(files: JobFiles, kept: Kept) -> Kept:
     result = read_result(folder) if folder is not None else None
     if result is not None:
         return files.conclude(*ending(result.outcome, result.exit_code, result.error))
-    if is_dead:
+    if is_dead and not _end_container(files.record, kept):
         return files.conclude("LOST", msg="its run is not known any more, and its process is gone")
     return kept
+
+
+def _end_container(record: JobRecord, kept: Kept) -> bool:
+    """End the container of a job whose process is gone: nobody would ever attach to it. True when it is still there."""
+    from container import step_containers
+
+    if not kept.run_id:
+        return False
+    step_key = f"{record.workflow_id}/{kept.run_id}/{STEP_ID}"
+    found = step_containers.find(step_containers.STEP_LABEL, step_key, os.environ)
+    return bool(step_containers.end(found, os.environ, CONTAINER_GRACE_S))
 
 
 def _newest_run(record: JobRecord) -> str:

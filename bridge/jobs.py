@@ -88,6 +88,8 @@ class JobOptions:
     env: Mapping[str, str] = field(default_factory=dict)
     secrets: Mapping[str, str] = field(default_factory=dict)
     """Environment variable -> name of the secret."""
+    hidden: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Environment that no record may show: each is a secret of its name, whose value travels beside the plan."""
     mounts: Sequence[str] = ()
     gpus: str = "none"
     """`none`, `all`, or how many to reserve."""
@@ -147,7 +149,7 @@ def plan_text(record: JobRecord, options: JobOptions) -> str:
         "name": record.job,
         "type": "container_job",
         "env": _literal({"SYGALDRY_CONTAINER_ROOT": record.root}),
-        "secrets": dict(options.secrets),
+        "secrets": {**options.secrets, **{name: name for name in options.hidden}},
         "timeout_seconds": options.timeout_s,
         "retry": {"max_attempts": options.retries + 1},
         "container_job": {name: _literal(value) for name, value in block.items() if value},

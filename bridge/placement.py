@@ -14,6 +14,7 @@ from bridge.state import State
 from cluster.dispatch import ClusterUnusable, RayDispatch, RayHandle, RayLocation
 from cluster.shape import ResourceShape
 from steps import Progress, StepRequest, StepResult
+from steps._registry import step_types
 
 _BYTES = TypeAdapter(ByteSize)
 
@@ -31,13 +32,15 @@ class Placement:
         """Where a call runs."""
         if call.resources is None and not call.image:
             return self._local
-        return self.on_ray(shape(call.resources, call.image))
+        step_type = step_types().get(call.request.type)
+        with_engine = step_type is not None and step_type.drives_engine
+        return self.on_ray(shape(call.resources, call.image), with_engine=with_engine)
 
-    def on_ray(self, wanted: ResourceShape) -> Dispatch:
-        """Ray nodes that have what is wanted."""
-        address, _ = chosen_cluster(self._state)
+    def on_ray(self, wanted: ResourceShape, *, with_engine: bool = False) -> Dispatch:
+        """Ray nodes that have what is wanted; `with_engine`: those that drive a container engine too."""
+        cluster = address, _ = chosen_cluster(self._state, with_engine=with_engine)
         if address not in self._rays:
-            self._rays[address] = ray_dispatch(self._state)
+            self._rays[address] = ray_dispatch(self._state, cluster)
         return OnRay(self._rays[address], wanted)
 
     async def close(self) -> None:
@@ -69,9 +72,9 @@ class _RayHandle:
         return await self._handle.wait()
 
 
-def ray_dispatch(state: State) -> RayDispatch:
-    """Steps on the cluster that is chosen now, else on the local Ray, which is started when first needed."""
-    address, token_file = chosen_cluster(state)
+def ray_dispatch(state: State, cluster: tuple[str, str] | None = None) -> RayDispatch:
+    """Steps on `cluster`, by default the one that is chosen now, else on the local Ray, started when first needed."""
+    address, token_file = chosen_cluster(state) if cluster is None else cluster
 
     async def locate() -> RayLocation:
         if address:

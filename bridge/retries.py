@@ -1,7 +1,11 @@
-"""Whether a step is tried again, and when: its own `retry`, and ours for lost machines. Pure, used by the workflow."""
+"""What is tried again: a step by its own `retry` and by ours for lost machines, a run when somebody asks. Pure.
 
-from bridge.plan import Retry
-from bridge.report import AttemptReport
+The workflow uses it, so it decides the same in every replay.
+"""
+
+from bridge.order import topological_order, waits_for
+from bridge.plan import Plan, Retry
+from bridge.report import AttemptReport, StepReport
 from steps import StepResult
 
 MOST_INFRASTRUCTURE_ATTEMPTS = 3
@@ -30,3 +34,26 @@ def pause_s(retry: Retry, ended: list[AttemptReport]) -> float:
         return 0.0
     failures = sum(attempt.reason != "infrastructure" for attempt in ended)
     return min(retry.max_backoff_s, retry.backoff_s * 2.0 ** min(failures - 1, 30))
+
+
+def kept_reports(plan: Plan, reports: list[StepReport]) -> list[StepReport]:
+    """What a retry of the whole run keeps: successes that nothing which runs again could have changed.
+
+    Instances of a matrix that succeeded stay beside those that run again. A step skipped by its `when` is skipped again
+    while all it looks at stays, so what follows it stays too.
+    """
+    needed = waits_for(plan)
+    of_step: dict[str, list[StepReport]] = {step_id: [] for step_id in needed}
+    for report in reports:
+        of_step[report.id if report.id in of_step else report.id.rpartition(".")[0]].append(report)
+    runs_again: set[str] = set()
+    kept: set[str] = set()
+    for step_id in topological_order(plan):
+        own = of_step[step_id]
+        if not runs_again.isdisjoint(needed[step_id]):
+            runs_again.add(step_id)
+            continue
+        if not own or any(report.outcome not in ("succeeded", "skipped") for report in own):
+            runs_again.add(step_id)
+        kept.update(report.id for report in own if report.outcome == "succeeded")
+    return [report for report in reports if report.id in kept]

@@ -188,7 +188,7 @@ class Schedule:
         whole = Instance(group.step.id, group.step)
         group.instances = [whole]
         if whole.id in self._carried:
-            self._add(whole, self._carried.pop(whole.id), fresh=False)
+            self._take_over(whole)
             return
         try:
             outcome, reason, error = self._verdict(group)
@@ -206,7 +206,7 @@ class Schedule:
             group.instances = instances
             for instance in instances:
                 if instance.id in self._carried:
-                    self._add(instance, self._carried.pop(instance.id), fresh=False)
+                    self._take_over(instance)
                 else:
                     self._queue.append(instance)
 
@@ -291,6 +291,13 @@ class Schedule:
             allow_failure=bool(instance.step.allow_failure),
         )
         self._add(instance, report)
+
+    def _take_over(self, instance: Instance) -> None:
+        """An instance that was decided before: it counts as if it had ended here."""
+        report = self._carried.pop(instance.id)
+        if report.outcome in (*FAILURES, "cancelled"):
+            self._stop_if_failed(instance.step, report.outcome)
+        self._add(instance, report, fresh=False)
 
     def _stop_if_failed(self, step: Step, outcome: str) -> None:
         if outcome != "succeeded" and not step.allow_failure and not self.stopped:

@@ -37,6 +37,7 @@ _FOREVER = timedelta(days=365)
 _UNTIL_ATTACHED = RetryPolicy(
     initial_interval=timedelta(milliseconds=100), backoff_coefficient=1.5, maximum_interval=timedelta(seconds=2)
 )
+_A_FEW_TIMES = RetryPolicy(maximum_attempts=3)
 
 
 @workflow.defn(name="PlanWorkflow")
@@ -119,7 +120,7 @@ class PlanWorkflow:
     async def _run_whole(self) -> RunReport:
         if self._run.started_at is None:
             begin = Begin(run=self._run, workflow_id=self._workflow_id, run_id=self._run_id)
-            begun: Begun = await self._locally("begin", begin, Begun)
+            begun: Begun = await self._locally("begin", begin, Begun) or Begun()
             self._cached = {report.id: report for report in begun.cached}
             self._looked_up = set(begun.looked_up)
         await self._drive()
@@ -141,7 +142,7 @@ class PlanWorkflow:
             if self._schedule.done:
                 return
             if self._is_history_long():
-                await self._continue_as_new()
+                await self._continue_as_new_unless_stopped()
             await self._wake.wait()
             self._wake.clear()
 
@@ -271,10 +272,16 @@ class PlanWorkflow:
             info.get_current_history_length() > LONGEST_HISTORY or info.is_continue_as_new_suggested()
         )
 
-    async def _continue_as_new(self) -> None:
-        """Leave when no local activity runs: its end must be recorded before ours. Scheduled ones are found again."""
+    async def _continue_as_new_unless_stopped(self) -> None:
+        """Leave when no local activity runs: its end must be recorded before ours. Scheduled ones are found again.
+
+        What stops the run meanwhile, a failure or a cancel, keeps it here: the next execution would not know of it.
+        """
         await self._beginnings.stop()
         await asyncio.gather(*self._records)
+        if self._schedule.stopped:
+            self._beginnings.resume()
+            return
         workflow.continue_as_new(
             self._run.model_copy(
                 update={
@@ -287,11 +294,21 @@ class PlanWorkflow:
         )
 
     async def _locally(self, activity: str, argument: Any, result_type: type | None) -> Any:
-        """A short activity in the worker that runs this workflow; safe to run twice."""
-        arguments = [] if argument is None else [argument]
-        return await workflow.execute_local_activity(
-            activity, args=arguments, result_type=result_type, start_to_close_timeout=timedelta(seconds=60)
-        )
+        """A short activity in the worker that runs this workflow; safe to run twice.
+
+        None when it fails again and again: no run waits for ever for its records, or for what the cache knows.
+        """
+        try:
+            return await workflow.execute_local_activity(
+                activity,
+                args=[] if argument is None else [argument],
+                result_type=result_type,
+                start_to_close_timeout=timedelta(seconds=60),
+                retry_policy=_A_FEW_TIMES,
+            )
+        except ActivityError as error:
+            workflow.logger.warning("`%s` is left out: %s", activity, error.cause or error)
+            return None
 
     def _step_report(self, instance: Instance, result: StepResult, attempts: list[AttemptReport]) -> StepReport:
         report = step_report(instance.id, instance.name, instance.step.type, result, attempts)
@@ -332,7 +349,10 @@ def _attempt_report(number: int, result: StepResult) -> AttemptReport:
 
 
 def _failure(report: RunReport) -> str:
-    failed = [step for step in report.steps if step.outcome in ("failed", "timed_out") and not step.allow_failure]
+    wrong = [step for step in report.steps if step.outcome != "succeeded" and not step.allow_failure]
+    failed = [step for step in wrong if step.outcome in ("failed", "timed_out")]
+    # A step that was ended without its run may be the only one at fault.
+    failed = failed or [step for step in wrong if step.outcome == "cancelled"] or wrong
     names = ", ".join(f"`{step.id}`" for step in failed[:5]) + (", ..." if len(failed) > 5 else "")
     first = f": {failed[0].error}" if failed else ""
     return f"plan `{report.plan}` failed in {names}{first}"[:1000]

@@ -28,8 +28,12 @@ class EngineError(Exception):
 class EngineSocket:
     """The engine on this machine. Every call opens a connection of its own and raises `EngineError`."""
 
-    def __init__(self, env: Mapping[str, str]) -> None:
-        """`DOCKER_HOST` of `env` may name another socket; an engine elsewhere cannot run what shares our processes."""
+    def __init__(self, env: Mapping[str, str], timeout_s: float = TIMEOUT_S) -> None:
+        """`DOCKER_HOST` of `env` may name another socket; an engine elsewhere cannot run what shares our processes.
+
+        `timeout_s` is how long one call may stay silent.
+        """
+        self._timeout_s = timeout_s
         address = env.get("DOCKER_HOST") or _DEFAULT
         if not address.startswith("unix://"):
             raise EngineError(f"`DOCKER_HOST` is `{address}`, wanted the socket of this machine's engine: `unix://...`")
@@ -76,6 +80,14 @@ class EngineSocket:
             position += 8 + length
         return text.decode(errors="replace").strip()
 
+    def ask_to_end(self, name: str) -> None:
+        """SIGTERM to a container; nothing happens when it is gone or does not run."""
+        try:
+            self._call("POST", f"/containers/{quote(name)}/kill?signal=SIGTERM")
+        except EngineError as error:
+            if error.status not in (NOT_FOUND, 409):
+                raise
+
     def stop(self, name: str, grace_s: int) -> None:
         """Ask a container to end, and kill it when it has not after `grace_s`; nothing happens when it has ended."""
         self._call("POST", f"/containers/{quote(name)}/stop?t={grace_s}")
@@ -89,10 +101,10 @@ class EngineSocket:
                 raise
 
     def _call(self, method: str, path: str, body: Any = None) -> bytes:
-        return self._read(self._send(method, path, body, TIMEOUT_S))
+        return self._read(self._send(method, path, body, self._timeout_s))
 
     def _send(self, method: str, path: str, body: Any, timeout_s: float | None) -> "_Connection":
-        connection = _Connection(self._path)
+        connection = _Connection(self._path, self._timeout_s)
         try:
             connection.connect()
             content = None if body is None else json.dumps(body)
@@ -120,13 +132,13 @@ class EngineSocket:
 class _Connection(http.client.HTTPConnection):
     """HTTP over a Unix socket."""
 
-    def __init__(self, path: str) -> None:
-        super().__init__("localhost", timeout=TIMEOUT_S)
+    def __init__(self, path: str, timeout_s: float) -> None:
+        super().__init__("localhost", timeout=timeout_s)
         self._path = path
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(TIMEOUT_S)
+        self.sock.settimeout(self.timeout)
         self.sock.connect(self._path)
 
 

@@ -1,7 +1,7 @@
 """Starts one job in the standard container, or finds the one that an earlier call with the same key started.
 
     Job -> run_options -> create -> start          name: orchestrate-<hash of key>
-              attach <- same name, not fresh       labels: orchestrate.key, .step_key, .attempt, .project_id
+              attach <- same name, not fresh       labels: orchestrate.key, .step_key, .attempt, .project_id, .state
               remove <- same step, other attempt
 
 The engine's answers are passed on as they come (`docker.errors.APIError`); what the job asks for and this machine
@@ -34,6 +34,7 @@ PORTABLE_NAMES = (
 """Of the host's environment, what means the same inside a container."""
 SECRET_NAMES = ("HF_TOKEN",)
 """Of the host's environment, what a container gets as a secret."""
+_LOGIN = re.compile(r"://[^/\s]*@")
 _MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?", re.IGNORECASE)
 _FACTORS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
@@ -91,6 +92,11 @@ class Job:
     def step_key(self) -> str:
         """Key of the step, shared by its attempts."""
         return self.key.rpartition("/")[0]
+
+
+def is_secret(name: str, value: str) -> bool:
+    """True for a variable that no record may show: by its name, or because its value is an address with a login."""
+    return name in SECRET_NAMES or _LOGIN.search(value) is not None
 
 
 def entrypoint_names() -> list[str]:

@@ -20,6 +20,7 @@ ALLOWED = (
     "HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_HUB_CACHE",
     "DOCKER_HOST", "DOCKER_CERT_PATH", "DOCKER_TLS_VERIFY",
     "CUDA_HOME", "LD_LIBRARY_PATH", "SPACK_ROOT", "SYGALDRY_*",
+    "SPACK_ENV_VIEW", "MANPATH", "ACLOCAL_PATH", "CMAKE_PREFIX_PATH", "PKG_CONFIG_PATH",
     "ORCHESTRATE_STATE_DIR",
 )  # fmt: skip
 """What of the node's environment a step sees. `ORCHESTRATE_ENV_ALLOW` (comma separated, globs) adds to it."""

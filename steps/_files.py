@@ -41,9 +41,9 @@ def write_whole(path: Path, text: str, mode: int = 0o666) -> None:
     os.replace(temporary, path)  # noqa: PTH105 - on the path of every step
 
 
-def write_once(path: Path, text: str) -> bool:
+def write_once(path: Path, text: str, mode: int = 0o666) -> bool:
     """Write a file that must not exist yet; False when somebody else was first."""
-    temporary = _write_beside(path, text, 0o666)
+    temporary = _write_beside(path, text, mode)
     try:
         os.link(temporary, path)
     except FileExistsError:

@@ -37,7 +37,17 @@ from steps._files import CANCEL, HOST, OUTPUTS, PROGRESS, RESULT, write_once, wr
 from steps._kept import Kept
 from steps._logs import AttemptLogs, Capture
 from steps._masking import mask_file, mask_text, mask_value
-from steps._process import become_subreaper, descendants, end, end_children, identity, is_alive, kill_leftovers, marked
+from steps._process import (
+    TOLD_TO_END,
+    become_subreaper,
+    descendants,
+    end,
+    end_children,
+    identity,
+    is_alive,
+    kill_leftovers,
+    marked,
+)
 from steps._request import Outcome, StepRequest, StepResult
 from steps._secrets import resolve_secrets
 
@@ -46,6 +56,10 @@ LARGEST_OUTPUTS = 1_000_000
 _PROGRESS_INTERVAL_S = 0.1
 _SHORTEST_GRACE_S = 0.5
 """Time our own code gets to leave, also when the step's grace period is shorter."""
+
+
+class _ToldToEnd(StepCancelled):
+    """Raised inside `run` when this process must end although nobody has cancelled the step."""
 
 
 class AlreadyStarted(Exception):
@@ -149,6 +163,14 @@ class Host:
     def cancel(self) -> None:
         """End the attempt: outcome `cancelled`. Returns at once; safe from any thread or signal handler."""
         self._request_end(StepCancelled)
+
+    def on_sigterm(self) -> None:
+        """For the handler of SIGTERM: a cancel when whoever sent it has left its marker in the attempt's folder.
+
+        Without one the services or the machine are being stopped, and this attempt with them: it is lost as by SIGKILL,
+        and the step is tried again when they are back.
+        """
+        self._request_end(StepCancelled if os.path.lexists(self.attempt_dir / CANCEL) else _ToldToEnd)
 
     @property
     def cancelled(self) -> bool:
@@ -301,12 +323,16 @@ class Host:
         if not self._isolated:
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), None)
 
-    def _end_with(self, error: BaseException) -> None:
+    def _end_with(self, error: BaseException, said: str = "") -> None:
+        """Decide how the attempt has ended; `said` is what to say of an early end instead of the usual."""
         match error:
             case StepTimedOut():
-                self._finish("timed_out", "timeout", f"not done after {self.request.timeout_s:g} s")
+                self._finish("timed_out", "timeout", said or f"not done after {self.request.timeout_s:g} s")
+            case _ToldToEnd():
+                said = said or "the process that ran the step was told to end"
+                self._finish("failed", "infrastructure", said, exit_code=TOLD_TO_END)
             case StepCancelled():
-                self._finish("cancelled", "cancelled", "cancelled")
+                self._finish("cancelled", "cancelled", said or "cancelled")
             case StepFailed():
                 self._finish("failed", _reason(error), str(error), exit_code=error.exit_code)
             case StepError():
@@ -397,13 +423,9 @@ class Host:
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, how)
 
     def _abandon(self) -> None:
+        assert self._ending is not None
         self.stuck = True
-        timed_out = self._ending is StepTimedOut
-        self._finish(
-            "timed_out" if timed_out else "cancelled",
-            "timeout" if timed_out else "cancelled",
-            f"ended by force {self.grace_s:g} s after it was told to stop",
-        )
+        self._end_with(self._ending(), f"ended by force {self.grace_s:g} s after it was told to stop")
         end_children(0)
         if self._capture is not None:
             self._capture.drain()
@@ -456,13 +478,14 @@ class Host:
 def run_isolated(request_file: Path) -> bool:
     """Run an attempt in a process that is all its own meanwhile; True when the process may run another.
 
-    SIGTERM and SIGINT cancel it. `result.json` is written when all logs are.
+    SIGTERM ends it, see `Host.on_sigterm`; SIGINT, a person at the terminal, cancels it. `result.json` is written when
+    all logs are.
     """
     request = StepRequest.model_validate_json(request_file.read_bytes())
     host = Host(request, request_file.parent, isolated=True)
 
     signal.signal(signal.SIGUSR1, lambda number, frame: host.interrupt())
-    signal.signal(signal.SIGTERM, lambda number, frame: host.cancel())
+    signal.signal(signal.SIGTERM, lambda number, frame: host.on_sigterm())
     signal.signal(signal.SIGINT, lambda number, frame: host.cancel())
     try:
         host.run()

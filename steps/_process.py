@@ -15,6 +15,9 @@ import psutil
 STEP_KEY_VARIABLE = "ORCHESTRATE_STEP_KEY"
 """Environment variable that every program of a step carries: `workflow/run/step/attempt`."""
 
+TOLD_TO_END = 128 + signal.SIGTERM
+"""Exit code of an attempt whose process got SIGTERM though nobody had cancelled it."""
+
 _MOST_ATTEMPTS = 1000
 _PR_SET_NAME, _PR_GET_NAME, _PR_SET_CHILD_SUBREAPER = 15, 16, 36
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 _OF_THE_NODE = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH")
 """Declared for programs beside the worker; a container has its own. The block's `env` may set them."""
 
+_STATE_VARIABLE = "ORCHESTRATE_STATE_DIR"
+"""The state directory of the local services, where they run the step; `orchestrate down` ends its containers."""
+
 
 def _is_mount(value: str) -> str:
     if "${{" in value or re.fullmatch(r"[^:]+:/[^:]*(:ro|:rw)?", value):
@@ -164,6 +167,7 @@ def _wait(container: "Container", context: Context) -> int:
 def _job(params: Params, context: Context) -> "Job":
     from container.launch import DEFAULT_IMAGE, Job
     from container.mounts import STORE, container_root, parse_mounts, project_id
+    from container.step_containers import STATE_LABEL, state_digest
     from steps._environment import OUTPUTS_VARIABLE
     from steps._spack import ACTIVE_VARIABLE, built_environment
 
@@ -181,7 +185,7 @@ def _job(params: Params, context: Context) -> "Job":
         stores = [Path(mount.host) for mount in mounts if mount.container == STORE]
         store = stores[-1] if stores else root / "spack_store"
         env[ACTIVE_VARIABLE] = built_environment(params.environment, context.plan_dir, store).name
-    outputs = context.env.get(OUTPUTS_VARIABLE)
+    outputs, state_dir = context.env.get(OUTPUTS_VARIABLE), context.env.get(_STATE_VARIABLE)
     return Job(
         key=context.key,
         command=["bash", "-c", params.command],
@@ -199,12 +203,13 @@ def _job(params: Params, context: Context) -> "Job":
         cpus=params.cpus,
         network=params.network,
         outputs=Path(outputs) if outputs else None,
+        labels={STATE_LABEL: state_digest(state_dir)} if state_dir else {},
     )
 
 
 def _environment(params: Params, context: Context) -> tuple[dict[str, str], dict[str, str]]:
     """Environment of the job: what the engine may keep in its records, and what it may not."""
-    from container.launch import PORTABLE_NAMES, SECRET_NAMES
+    from container.launch import PORTABLE_NAMES, SECRET_NAMES, is_secret
     from steps._process import STEP_KEY_VARIABLE
 
     names = (*PORTABLE_NAMES, *SECRET_NAMES, "STEP_ID", "STEP_ATTEMPT", STEP_KEY_VARIABLE)
@@ -215,7 +220,7 @@ def _environment(params: Params, context: Context) -> tuple[dict[str, str], dict
     secret = {
         name: value
         for name, value in whole.items()
-        if name in SECRET_NAMES or any(hidden in value for hidden in values)
+        if is_secret(name, value) or any(hidden in value for hidden in values)
     }
     return {name: value for name, value in whole.items() if name not in secret}, secret
 

@@ -318,6 +318,26 @@ def test_secrets_of_the_environment_are_handed_over(
     assert "orchestrate secret set MY_TOKEN" in capsys.readouterr().err
 
 
+def test_what_the_environment_lacks_is_said_too(
+    gateway: ScriptedGateway, plan: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway.script("submit", error("SecretsNeeded", "secrets are missing", names=["MY_TOKEN", "STORED"]), STARTED)
+    monkeypatch.setenv("MY_TOKEN", "s3cret")
+    monkeypatch.delenv("STORED", raising=False)
+    assert main([str(plan)]) == 0
+    assert gateway.arguments("submit")[1]["secrets"] == {"MY_TOKEN": "s3cret", "STORED": None}
+
+
+def test_the_ray_that_the_shell_means_is_told(
+    gateway: ScriptedGateway, plan: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    gateway.script("submit", {**STARTED, "warnings": ["warning: RAY_ADDRESS is another"]})
+    assert main([str(plan)]) == 0
+    assert gateway.arguments("submit")[0]["ray_address"] == "10.0.0.1:6379"
+    assert "RAY_ADDRESS is another" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "found"),
     [

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from container import step_containers
 from container.launch import Job, LaunchError, attach_or_start, entrypoint_names, remove, run_options
 from container.mounts import Mount, container_root, parse_mounts
 from steps import StepCancelled, StepError, StepFailed
@@ -134,6 +135,31 @@ def test_env_and_secrets_arrive_and_the_engine_does_not_know_the_secrets(
     assert isinstance(ended[0], dict), ended
     assert context.text() == ("t0ken-value|from plan|from block|http://t0ken-value@host|no|1\n" + values["LINES"])
     assert "t0ken-value" not in record + processes and "from plan" in record
+
+
+def test_an_address_with_a_login_arrives_and_the_engine_does_not_know_it(
+    small_image, job_context, containers_of, in_background, docker_engine
+):
+    context = job_context(env={"INDEX": "https://me:open-sesame@index/simple"})
+    context.env |= {"HTTPS_PROXY": "http://me:open-sesame@proxy:1", "HTTP_PROXY": "http://open.proxy:1"}
+    os.mkfifo(context.plan_dir / "gate")
+    ended, thread = in_background(
+        Params(
+            command='echo "$HTTPS_PROXY $HTTP_PROXY $INDEX $BLOCK"; cat gate',
+            image=small_image,
+            env={"BLOCK": "ftp://me:open-sesame@block"},
+        ),
+        context,
+    )
+    context.wait_for_line("block")
+    (container,) = containers_of(context)
+    record = json.dumps(docker_engine.api.inspect_container(container.id))
+    (context.plan_dir / "gate").write_text("")
+    thread.join(20)
+    assert isinstance(ended[0], dict), ended
+    addresses = "http://me:open-sesame@proxy:1 http://open.proxy:1 https://me:open-sesame@index/simple"
+    assert context.text() == f"{addresses} ftp://me:open-sesame@block"
+    assert "open-sesame" not in record and "http://open.proxy:1" in record
 
 
 def test_the_standard_mounts_are_there_and_files_are_ours(small_image, job_context, tmp_path):
@@ -276,6 +302,28 @@ def test_what_an_earlier_attempt_left_is_removed_first(
     )
     run(Params(command="true", image=small_image), second)
     assert containers_of(first) == [] and left.name != second.key
+
+
+def test_containers_of_a_state_directory_end_without_the_process_that_attends_to_them(
+    small_image, job_context, containers_of, in_background, tmp_path
+):
+    contexts = [job_context(), job_context(attempt=2)]
+    contexts[1].key = f"{contexts[0].key.split('/')[0]}/run/other/1"
+    command = "trap 'exit 9' TERM; echo up; while :; do sleep 0.05; done"
+    ended = []
+    for number, context in enumerate(contexts):
+        context.env |= {"ORCHESTRATE_STATE_DIR": str(tmp_path / f"state-{number}"), "HF_TOKEN": "t0ken"}
+        ended.append(in_background(Params(command=command, image=small_image), context))
+        context.wait_for_line("up")
+    value = step_containers.state_digest(str(tmp_path / "state-0"))
+    (found,) = step_containers.find(step_containers.STATE_LABEL, value, os.environ)
+    assert found.pid and found.secrets.exists()
+    assert step_containers.end([found], os.environ, 5.0) == []
+    assert not found.secrets.exists() and containers_of(contexts[0]) == []
+    (left,) = containers_of(contexts[1])
+    assert left.status == "running" and left.name != found.name
+    assert step_containers.find(step_containers.STATE_LABEL, value, {"DOCKER_HOST": "unix:///no/such"}) == []
+    contexts[1].cancel()
 
 
 def test_lines_without_end_and_broken_utf8_are_survived(small_image, job_context):

@@ -100,6 +100,32 @@ async def test_everything_killed_and_started_again_goes_on_where_it_was(local_st
         assert_ran_once(tmp_path, report, name)
 
 
+async def test_steps_that_heed_sigterm_go_on_after_down_and_up(local_state: State, tmp_path: Path) -> None:
+    """`down` tells every process to end. A step that obeys at once was not cancelled by that, and has not failed."""
+    client = await connected(local_state)
+    first = '[ "$STEP_ATTEMPT" = 1 ] || exit 0; touch {name}.started; '
+    plan = Plan(
+        name="laptop",
+        steps=[
+            shell("killed", first.format(name="killed") + "exec sleep 1000"),
+            shell("polite", first.format(name="polite") + "trap 'exit 0' TERM; while :; do sleep 0.05; done"),
+            shell("next", "echo next >> order", depends_on=["killed", "polite"]),
+        ],
+    )
+    run = await client.start(plan, plan_dir=tmp_path)
+    for name in ("killed", "polite"):
+        await until(f"step `{name}` has started", (tmp_path / f"{name}.started").exists)
+    await asyncio.to_thread(services.stop, local_state)
+    report = await (await connected(local_state)).wait(run.workflow_id, run.run_id)
+    assert report.outcome == "succeeded", report
+    for step in report.steps[:2]:
+        assert [(attempt.outcome, attempt.reason) for attempt in step.attempts] == [
+            ("failed", "infrastructure"),
+            ("succeeded", ""),
+        ]
+    assert (tmp_path / "order").read_text() == "next\n"
+
+
 async def test_a_killed_step_process_is_one_new_attempt_after_its_children_are_dead(
     local_state: State, tmp_path: Path
 ) -> None:

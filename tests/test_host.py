@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from steps import StepRequest, StepResult
-from steps._files import HOST, OUTPUTS, PROGRESS, REQUEST, attempt_dir, read_json, read_result
+from steps._files import CANCEL, HOST, OUTPUTS, PROGRESS, REQUEST, attempt_dir, read_json, read_result
 from steps._host import LARGEST_OUTPUTS, AlreadyStarted, Host
-from steps._process import descendants
+from steps._process import TOLD_TO_END, descendants
 
 Make = Callable[..., StepRequest]
 Run = Callable[..., Awaitable[StepResult]]
@@ -121,11 +121,12 @@ CANCELS = [
 ]
 
 
-@pytest.mark.parametrize("isolated", [True, False])
+@pytest.mark.parametrize(("isolated", "marked"), [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize(("body", "note"), CANCELS)
-def test_a_cancel_ends_the_step_however_its_code_takes_it(
-    body: str, note: str, isolated: bool, code: Any, step_request: Make, tmp_path: Path
+def test_an_early_end_ends_the_step_however_its_code_takes_it(
+    body: str, note: str, isolated: bool, marked: bool, code: Any, step_request: Make, tmp_path: Path
 ) -> None:
+    """SIGTERM with the marker of a cancel is one; without it the machine or the services end, and the step is lost."""
     request = step_request(**code(f"pathlib.Path({str(tmp_path / 'in')!r}).touch()\n{body}"), grace_s=0.1)
     folder = attempt_dir(request)
     folder.mkdir(parents=True)
@@ -137,11 +138,14 @@ def test_a_cancel_ends_the_step_however_its_code_takes_it(
         time.sleep(0.005)
     while "subprocess.run" in body and not descendants(process.pid) and time.monotonic() < deadline:
         time.sleep(0.005)
+    if marked:
+        (folder / CANCEL).touch()
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     result = read_result(folder)
     assert result is not None
-    assert (result.outcome, result.reason) == ("cancelled", "cancelled")
+    wanted = ("cancelled", "cancelled", None) if marked else ("failed", "infrastructure", TOLD_TO_END)
+    assert (result.outcome, result.reason, result.exit_code) == wanted and not result.final
     # A thread that waits in C takes no exception; a signal gets through.
     by_force = note == "by force" or (not isolated and "Event().wait()" in body)
     assert ("by force" in result.error) == by_force
@@ -316,7 +320,7 @@ def test_by_hand_it_prints_the_result_and_takes_ctrl_c(step_request: Make) -> No
     assert StepResult.model_validate_json(printed).outcome == "cancelled"
 
 
-def test_sigterm_at_any_early_moment_gives_a_cancelled_step_or_none(step_request: Make) -> None:
+def test_sigterm_at_any_early_moment_gives_a_lost_step_or_none(step_request: Make) -> None:
     for number in range(12):
         request = step_request(f"s{number}", params={"command": "sleep", "args": ["300"]}, grace_s=0.2)
         folder = attempt_dir(request)
@@ -332,6 +336,6 @@ def test_sigterm_at_any_early_moment_gives_a_cancelled_step_or_none(step_request
         process.wait(60)
         result = read_result(folder)
         if (folder / HOST).exists():
-            assert result is not None and result.outcome == "cancelled"
+            assert result is not None and (result.outcome, result.reason) == ("failed", "infrastructure")
         else:
             assert result is None

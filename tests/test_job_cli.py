@@ -1,5 +1,6 @@
 """`orchestrate job` from the shell: real services, a real engine, and everything killed that can be."""
 
+import asyncio
 import json
 import os
 import re
@@ -17,7 +18,10 @@ import pytest
 
 from bridge import services
 from bridge.cli.main import main
+from bridge.current_cluster import CurrentCluster, use_cluster
+from bridge.runs import Runs
 from bridge.state import State
+from bridge.temporal import connect_temporal
 
 pytestmark = [pytest.mark.docker, pytest.mark.temporal]
 
@@ -223,6 +227,70 @@ def test_limits_retries_secrets_and_the_options_of_the_container(shop: Shop) -> 
     assert shop.wait("late", code=1)["line"].endswith(" rc=124")
 
 
+def test_a_credential_in_env_is_handed_over_as_a_secret(shop: Shop, docker_engine: Any) -> None:
+    shop.run("before", "--wait", "--", "true")  # So that the services run, and do not know what follows.
+    token, login = "hf_0f9a7c-token", "https://me:open-sesame@index.invalid/simple"
+    words = ["--env", "HF_TOKEN", "--env", f"INDEX={login}", "--env", "OPEN=in the open", "--secret", "T=OTHER_TOKEN"]
+    script = 'echo "$HF_TOKEN $INDEX $T $OPEN"; echo ${#HF_TOKEN} ${#INDEX}; until [ -e go ]; do sleep 0.05; done'
+    shop("run", "--job", "login", *words, "--", script, HF_TOKEN=token, OTHER_TOKEN="hunter3-hunter3")
+    found = shop.json("status", "--job", "login")
+    shop.until_printed(found, f"{len(token)} {len(login)}\n")
+    (container,) = [
+        each
+        for each in docker_engine.containers.list(filters={"label": "orchestrate.project_id=shop"})
+        if found["workflow_id"] in each.labels["orchestrate.key"]
+    ]
+    described = json.dumps(docker_engine.api.inspect_container(container.id))
+    history = asyncio.run(input_of(shop, found["workflow_id"]))
+    (shop.project / "go").touch()
+    found = shop.wait("login")
+    assert Path(found["paths"]["raw_log"]).read_text().startswith("*** *** *** in the open\n")
+    assert "in the open" in described and "in the open" in history
+    for value in (token, login):
+        assert value not in described and value not in history
+        grep = subprocess.run(["grep", "-rlF", value, shop.root, shop.state.dir], capture_output=True, text=True)
+        assert grep.stdout == ""
+
+
+async def input_of(shop: Shop, workflow_id: str) -> str:
+    """What Temporal keeps as the start of a run, decoded."""
+    running = services.find(shop.state)
+    assert running is not None
+    runs = Runs(await connect_temporal(running.address, None, shop.state))
+    return (await runs.input(workflow_id, await runs.newest(workflow_id))).model_dump_json()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--address", "127.0.0.1:1"], "`orchestrate secret set HF_TOKEN` where the worker runs"),
+        (["--secret", "HF_TOKEN"], "leave one of them away"),
+        (["--secret", "OTHER=HF_TOKEN"], "leave one of them away"),
+    ],
+)
+def test_a_credential_that_cannot_be_handed_over_is_refused(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ORCHESTRATE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("SYGALDRY_CONTAINER_ROOT", str(tmp_path / "root"))
+    assert main(["job", "run", "--job", "x", "--env", "HF_TOKEN=hf_0f9a7c", *words, "--", "true"]) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err and "hf_0f9a7c" not in captured.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_job_that_reserves_gpus_stays_with_the_engine_when_a_cluster_is_up(make_shop: Callable[[], Shop]) -> None:
+    shop = make_shop()
+    use_cluster(shop.state.create(), CurrentCluster("far", "ray://127.0.0.1:1", "", ""))
+    gpus = json.dumps({"GPU": 2})
+    shop("run", "--job", "reserved", "--gpus", "2", "--", "true", RAY_OVERRIDE_RESOURCES=gpus)
+    shop("wait", "--job", "reserved", "--timeout", f"{PATIENCE_S - 10}", code=None)
+    found = shop.json("status", "--job", "reserved")
+    # It has reached the engine of this machine, which can give GPUs or can not.
+    assert found["state"] == "DONE" or "this Docker Engine has no NVIDIA runtime" in found["msg"], found
+
+
 def test_wait_with_run_shows_the_output_and_the_end(shop: Shop) -> None:
     printed = shop("run", "--job", "shown", "--wait", "--", "echo out; exit 6", code=1)
     assert re.fullmatch(f"out\nFAILED job=shown ts={STAMP} rc=6\n", printed)
@@ -307,6 +375,32 @@ def test_a_job_survives_the_death_of_everything_but_itself(make_shop: Callable[[
     assert set(events(found)[1:-1]) == {"progress"} and len(events(found)) > 5
 
 
+def containers_of(engine: Any, document: dict[str, Any]) -> list[Any]:
+    """Containers of a job that run or have ended."""
+    found = engine.containers.list(all=True, filters={"label": "orchestrate.project_id=shop"})
+    return [each for each in found if each.labels["orchestrate.key"].startswith(f"{document['workflow_id']}/")]
+
+
+def test_down_ends_a_job_with_its_container_and_the_job_goes_on_afterwards(
+    make_shop: Callable[[], Shop], docker_engine: Any
+) -> None:
+    shop = make_shop()
+    script = "trap '' TERM; echo up; [ $STEP_ATTEMPT = 1 ] || exit 0; while :; do sleep 1; done"
+    words = ["--job", "kept", "--secret", "TOKEN=JOB_TOKEN", "--json", "--", script]
+    started = json.loads(shop("run", *words, JOB_TOKEN="hunter2-hunter2"))
+    shop.until_printed(started, "up\n")
+    (container,) = containers_of(docker_engine, started)
+    mounts = {mount["Destination"]: mount["Source"] for mount in container.attrs["Mounts"]}
+    secrets = Path(mounts["/run/sygaldry/secrets"])
+    assert secrets.exists()
+    # The job outlasts the process that attends to it: nobody else would end it.
+    ended = services.stop(shop.state).killed
+    assert f"container {container.name}" in [command for _, command in ended]
+    assert containers_of(docker_engine, started) == [] and not secrets.exists()
+    found = shop.wait("kept")
+    assert (found["state"], found["attempt"]) == ("DONE", 2)
+
+
 def test_a_job_whose_services_and_their_state_are_gone(make_shop: Callable[[], Shop], docker_engine: Any) -> None:
     shop = make_shop()
     left = shop.run("left", "--", "echo up; while [ ! -e gate ]; do sleep 0.1; done; echo through; exit 3")
@@ -318,13 +412,12 @@ def test_a_job_whose_services_and_their_state_are_gone(make_shop: Callable[[], S
     pid = int(Path(lost["paths"]["pid"]).read_text())
     psutil.Process(pid).kill()
     until("the process is gone", lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie")
-    for container in docker_engine.containers.list(filters={"label": "orchestrate.project_id=shop"}):
-        if lost["workflow_id"] in container.labels["orchestrate.key"]:
-            container.remove(force=True)
+    assert len(containers_of(docker_engine, lost)) == 1
     assert shop("health", "--job", "lost", code=4).startswith(f"stale pid={pid}\n")
     shutil.rmtree(shop.state.dir)
     # Nobody knows the three runs any more: one has gone, two go on all the same.
     assert re.fullmatch(f"LOST job=lost ts={STAMP}\n", shop("status", "--job", "lost"))
+    assert containers_of(docker_engine, lost) == []
     assert shop("wait", "--job", "lost", code=1) == shop("status", "--job", "lost")
     assert shop("health", "--job", "lost", code=1).startswith("ended\nLOST ")
     assert events(lost)[-1] == "lost"

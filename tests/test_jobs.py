@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from temporalio.testing import ActivityEnvironment
 
 from bridge.calls import Finish
 from bridge.expressions import render, render_params
@@ -23,7 +24,7 @@ from bridge.jobs import JobError, JobOptions, JobRecord, known_roots, new_record
 from bridge.reader import read_plan_text
 from bridge.report import RunReport, StepReport
 from steps._files import HOST, RESULT
-from steps._process import identity
+from steps._process import TOLD_TO_END, identity
 from steps._request import Progress, StepResult
 from steps.container_job import Params
 
@@ -137,6 +138,14 @@ def test_every_option_is_in_the_plan(make_record: Callable[..., JobRecord]) -> N
     assert step.retry is not None and (step.timeout_seconds, step.retry.max_attempts) == (90, 3)
     assert render(step.env, {}) == {"SYGALDRY_CONTAINER_ROOT": record.root}
     assert plan.log_dir == str(record.log_dir)
+
+
+def test_hidden_values_are_named_in_the_plan_and_not_part_of_it(make_record: Callable[..., JobRecord]) -> None:
+    options = JobOptions(secrets={"T": "token"}, hidden={"HF_TOKEN": "hf_0f9a7c"})
+    text = plan_text(make_record(), options)
+    (step,) = read_plan_text(text, Path("/project/job.yaml")).plan.steps
+    assert step.secret_variables == {"T": "token", "HF_TOKEN": "HF_TOKEN"}
+    assert "hf_0f9a7c" not in text + repr(options)
 
 
 @pytest.mark.parametrize(
@@ -330,6 +339,39 @@ async def test_a_job_on_another_node_is_kept_up_by_what_its_worker_hears(
     said = RunReport(workflow_id=record.workflow_id, run_id=RUN_ID, outcome="succeeded", steps=[step], **now)
     await conclude(Finish(report=said, log_dir=str(record.log_dir)))
     assert events(JobFiles(record)) == ["start", "progress", "done"]
+
+
+@pytest.mark.parametrize(
+    ("moment", "outcome"), [("attended", "cancelled"), ("worker stops", "failed"), ("before", "failed")]
+)
+async def test_sigterm_to_a_job_stops_it_unless_all_stops(
+    moment: str, outcome: str, make_record: Callable[..., JobRecord], step_request: Callable[..., Any]
+) -> None:
+    record = make_record()
+    JobFiles(record).begin()
+    request = step_request(
+        "job", "container_job", log_dir=str(record.log_dir), workflow_id=record.workflow_id, run_id=RUN_ID
+    )
+    told = StepResult(outcome="failed", reason="infrastructure", exit_code=TOLD_TO_END)
+    folder = Attempts(record).begin()
+    if moment == "before":
+        (folder / RESULT).write_text(told.model_dump_json())
+    environment = ActivityEnvironment()
+
+    class Ended(Handle):
+        async def wait(self, on_progress: Callable[[Progress], None]) -> StepResult:
+            if moment == "worker stops":
+                environment.worker_shutdown()
+            return told
+
+    async def attach() -> Handle:
+        return Ended()
+
+    async def attend() -> StepResult:
+        async with kept(request, attach) as attach_to_job:
+            return await (await attach_to_job()).wait(lambda progress: None)
+
+    assert (await environment.run(attend)).outcome == outcome
 
 
 def answering(**answers: Any) -> Callable[..., Any]:

@@ -10,6 +10,7 @@ from bridge.expressions import render
 from bridge.order import dependencies
 from bridge.plan import Plan, Step
 from bridge.report import StepReport
+from bridge.retries import kept_reports
 from bridge.schedule import MOST_IN_FLIGHT, Instance, Schedule
 
 
@@ -193,6 +194,63 @@ def test_carried_reports_are_not_run_again() -> None:
     schedule = make_schedule(plan, reports)
     assert [instance.id for instance in schedule.ready()] == ["m.1"]
     assert schedule.decided() == []
+
+
+@pytest.mark.parametrize(
+    ("outcome", "fields", "expected"),
+    [
+        ("failed", {}, "failed"),
+        ("timed_out", {}, "failed"),
+        ("cancelled", {}, "failed"),
+        ("failed", {"allow_failure": True}, "succeeded"),
+        ("skipped", {}, "succeeded"),
+    ],
+)
+def test_a_carried_outcome_stops_the_run_as_it_would_have_before(
+    outcome: Any, fields: dict[str, Any], expected: str
+) -> None:
+    plan = make_plan(
+        {"id": "a"},
+        {"id": "m", "matrix": {"n": [1, 2]}, **fields},
+        {"id": "b", "depends_on": ["a"]},
+        {"id": "always", "when": "always", "depends_on": ["m"]},
+    )
+    reports = {
+        "a": StepReport(id="a", outcome="succeeded"),
+        "m.0": StepReport(id="m.0", outcome=outcome),
+        "m.1": StepReport(id="m.1", outcome="succeeded"),
+    }
+    schedule = make_schedule(plan, reports)
+    while not schedule.done:
+        for instance in schedule.ready():
+            schedule.finish(instance, ended(instance))
+    assert schedule.outcome() == expected
+    assert outcomes_of(schedule)["b"] == ("not_run" if expected == "failed" else "succeeded")
+    assert outcomes_of(schedule)["always"] == "succeeded"
+
+
+def test_a_retry_keeps_what_nothing_that_runs_again_could_have_changed() -> None:
+    plan = make_plan(
+        {"id": "shard", "matrix": {"n": [0, 1, 2]}, "allow_failure": True},
+        {"id": "merge", "when": "always", "depends_on": ["shard"]},
+        {"id": "publish", "env": {"N": "${{ steps.merge.outputs.n }}"}},
+        {"id": "other"},
+        {"id": "optional", "when": {"step": "other", "status": "failure"}},
+        {"id": "clean", "when": "always", "depends_on": ["optional"]},
+        {"id": "handler", "when": {"step": "shard", "status": "failure"}},
+    )
+    schedule = run(plan, {"shard.1": "failed"})
+    assert outcomes_of(schedule)["optional"] == "skipped"
+    kept = kept_reports(plan, schedule.reports())
+    assert [report.id for report in kept] == ["shard.0", "shard.2", "other", "clean"]
+    again = make_schedule(plan, {report.id: report for report in kept})
+    assert [instance.id for instance in again.ready()] == ["shard.1"]
+
+
+def test_a_retry_runs_what_was_never_decided_and_what_follows_from_it() -> None:
+    plan = make_plan({"id": "a"}, {"id": "b"}, {"id": "c", "depends_on": ["a", "b"], "when": "always"})
+    kept = kept_reports(plan, [StepReport(id=step_id, outcome="succeeded") for step_id in ("a", "c")])
+    assert [report.id for report in kept] == ["a"]
 
 
 def test_no_more_than_the_limit_is_in_flight() -> None:

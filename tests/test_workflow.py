@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import os
+import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -14,15 +16,18 @@ import pytest
 
 from bridge.activities import Activities
 from bridge.cache import StepCache
+from bridge.calls import Finish
 from bridge.client import Client, RunConflict, RunNotFound
 from bridge.dispatch import LocalDispatch
 from bridge.plan import Param, Plan, Step
 from bridge.reader import read_plan_text
 from bridge.records import events_of, run_dir
-from bridge.report import RunReport
+from bridge.report import RunReport, StepReport
 from bridge.state import State
 from bridge.temporal import connect_temporal
 from bridge.worker import make_worker
+from bridge.workflow import PlanWorkflow, _failure
+from steps._files import HOST
 
 pytestmark = pytest.mark.temporal
 
@@ -79,6 +84,17 @@ steps:
     assert steps["b"].outputs == {"result": '["hello a b", "x"]'}
     assert Path(steps["c"].stdout_path).read_text() == '["hello a b", "x"] 2\n'
     assert steps["c"].attempts[0].outcome == "succeeded"
+
+
+def test_a_failure_always_names_steps() -> None:
+    now: dict[str, Any] = {"started_at": 1.0, "finished_at": 2.0, "duration_s": 1.0, "workflow_id": "w", "run_id": "r"}
+    good = StepReport(id="good", type="command", outcome="succeeded")
+    ended = StepReport(id="ended", type="command", outcome="cancelled", error="cancelled")
+    after = StepReport(id="after", type="command", outcome="skipped", error="`ended` cancelled")
+    bad = StepReport(id="bad", type="command", outcome="failed", error="exit code 7")
+    run = RunReport(plan="demo", outcome="failed", steps=[good, ended, after], **now)
+    assert _failure(run) == "plan `demo` failed in `ended`: cancelled"
+    assert _failure(run.model_copy(update={"steps": [ended, bad]})) == "plan `demo` failed in `bad`: exit code 7"
 
 
 async def test_a_failed_run_has_a_complete_report_and_event_log(client: Client, tmp_path: Path) -> None:
@@ -223,6 +239,31 @@ async def test_retry_runs_only_what_did_not_succeed(client: Client, tmp_path: Pa
     assert (await client.report(first.workflow_id, first.run_id)).outcome == "failed"
 
 
+async def test_a_retry_makes_anew_what_was_made_from_something_that_failed(client: Client, tmp_path: Path) -> None:
+    script = """
+    echo $N >> shards
+    test $N != 1 || test -e open || exit 1
+    echo "{\\"n\\": $N}" >> $STEP_OUTPUTS
+    """
+    plan = Plan(
+        steps=[
+            shell("shard", script, matrix={"n": [0, 1, 2]}, env={"N": "${{ matrix.n }}"}, allow_failure=True),
+            shell("merge", "echo $V >> merged", when="always", env={"V": "${{ steps.shard.outputs.n }}"}),
+            shell("publish", "echo x >> published", depends_on=["merge"]),
+            shell("other", "echo x >> other"),
+        ]
+    )
+    first = await client.run(plan, plan_dir=tmp_path, log_dir=tmp_path / "logs")
+    assert first.outcome == "succeeded"
+    (tmp_path / "open").touch()
+    again = await client.retry(first.workflow_id, first.run_id)
+    assert (await client.wait(again.workflow_id, again.run_id)).outcome == "succeeded"
+    ran = {name: (tmp_path / name).read_text().splitlines() for name in ("shards", "merged", "published", "other")}
+    assert sorted(ran["shards"]) == ["0", "1", "1", "2"]
+    assert [json.loads(line) for line in ran["merged"]] == [[0, None, 2], [0, 1, 2]]
+    assert (len(ran["published"]), len(ran["other"])) == (2, 1)
+
+
 async def test_promised_artifacts_are_in_the_report_and_in_the_cache(client: Client, tmp_path: Path) -> None:
     script = 'mkdir -p out; echo made > "out/$N"; echo ran >> runs'
     steps = [
@@ -265,6 +306,20 @@ async def test_cached_steps_give_their_old_outputs(client: Client, tmp_path: Pat
     third = await client.run(plan, plan_dir=tmp_path, log_dir=tmp_path / "logs")
     assert [step.reason for step in third.steps] == ["", ""]
     assert third.steps[0].outputs == {"v": 2}
+
+
+async def test_a_step_that_changes_its_own_input_is_cached_for_what_it_has_read(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It goes on for longer than its first activity, so another one sees its end, and the changed input.
+    monkeypatch.setattr("bridge.activities.BRIEF_S", 1.5)
+    script = "cat data.txt >> seen; echo 2 > data.txt; sleep 2"
+    plan = Plan(name="own", steps=[shell("read", script, cache={"inputs": ["data.txt"]})])
+    for value, reason in (("1", ""), ("2", ""), ("1", "cached")):
+        (tmp_path / "data.txt").write_text(f"{value}\n")
+        report = await client.run(plan, plan_dir=tmp_path, log_dir=tmp_path / "logs")
+        assert (report.outcome, report.steps[0].reason) == ("succeeded", reason)
+    assert (tmp_path / "seen").read_text() == "1\n2\n"
 
 
 async def test_progress_tells_what_changed_and_what_running_steps_say(client: Client, tmp_path: Path) -> None:
@@ -325,6 +380,79 @@ async def test_outputs_over_temporals_limit_travel(client: Client, tmp_path: Pat
     assert all(len(steps[f"big{n}"].outputs["blob"]) == 800_000 for n in range(4))
 
 
+@pytest.mark.parametrize("local", [True, False], ids=["local", "remote"])
+async def test_a_log_directory_that_cannot_be_used_fails_the_steps(
+    temporal_server: str, tmp_path: Path, local: bool
+) -> None:
+    (tmp_path / "logs").write_text("a file")
+    plan = Plan(steps=[shell("a", "touch ran"), shell("b", "touch ran", cache=True)])
+    async with open_client(temporal_server, tmp_path, local=local) as client, asyncio.timeout(60):
+        report = await client.run(plan, plan_dir=tmp_path, log_dir=tmp_path / "logs")
+    assert report.outcome == "failed"
+    for step in report.steps:
+        assert [attempt.reason for attempt in step.attempts] == ["infrastructure"] * 3
+        assert step.error.startswith(f"step `{step.id}` cannot start: [Errno 20] Not a directory: ")
+        assert f"hint: its files go to `{tmp_path}/logs`" in step.error
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        ({"type": "python", "params": {"call": "${{ params.call }}"}, "cache": True}, "params that `python` refuses"),
+        # A file that everybody can open and nobody can read from its beginning.
+        ({"cache": {"inputs": ["/proc/self/mem"]}}, "cannot be looked up in the cache: [Errno 5]"),
+        ({"cache": {"inputs": ["in/**.csv"]}}, "cannot be looked up in the cache: Invalid pattern"),
+    ],
+)
+async def test_a_step_that_the_cache_cannot_be_asked_about_fails_and_the_others_run(
+    client: Client, tmp_path: Path, bad: dict[str, Any], said: str
+) -> None:
+    wrong = Step.model_validate({"id": "bad", "type": "command", "params": {"command": "true"}, **bad})
+    plan = Plan(params={"call": Param(default="train")}, steps=[shell("good", "true", cache=True), wrong])
+    async with asyncio.timeout(60):
+        report = await client.run(plan, plan_dir=tmp_path, log_dir=tmp_path / "logs")
+    steps = by_id(report)
+    assert (report.outcome, steps["good"].outcome) == ("failed", "succeeded")
+    assert (steps["bad"].reason, len(steps["bad"].attempts)) == ("error", 1)
+    assert said in steps["bad"].error
+    folder = run_dir(tmp_path / "logs", report.workflow_id, report.run_id)
+    (told,) = [event.message for event in events_of(folder) if event.step_id == "bad"]
+    assert told == steps["bad"].error
+
+
+async def test_the_folder_of_another_step_fails_the_step(client: Client, tmp_path: Path) -> None:
+    gate = shell("gate", "while ! test -e open; do sleep 0.05; done")
+    plan = Plan(steps=[gate, shell("after", "touch ran", depends_on=["gate"])])
+    run = await client.start(plan, plan_dir=tmp_path, log_dir=tmp_path / "logs")
+    folder = run_dir(tmp_path / "logs", run.workflow_id, run.run_id) / "after" / "attempt-1"
+    folder.mkdir(parents=True)
+    (folder / HOST).write_text(json.dumps({"key": "another/key/1", "node": "here"}))
+    (tmp_path / "open").touch()
+    async with asyncio.timeout(60):
+        after = by_id(await client.wait(run.workflow_id, run.run_id))["after"]
+    assert (after.outcome, after.reason, len(after.attempts)) == ("failed", "error", 1)
+    assert "belongs to `another/key/1`" in after.error
+    assert not (tmp_path / "ran").exists()
+
+
+async def test_the_last_report_is_written_beside_other_work(tmp_path: Path) -> None:
+    log = tmp_path / "stdout.log"
+    os.mkfifo(log)
+    step = StepReport(id="a", outcome="succeeded", stdout_path=str(log), stderr_path=str(log))
+    times: dict[str, Any] = {"started_at": 0.0, "finished_at": 1.0, "duration_s": 1.0}
+    report = RunReport(workflow_id="w", run_id="r", plan="p", outcome="succeeded", steps=[step], **times)
+    activities = Activities(lambda call: LocalDispatch(), StepCache(tmp_path / "cache.db"), tmp_path / "secrets")
+    rescue = threading.Timer(20, log.write_text, [""])
+    rescue.start()
+    finishing = asyncio.create_task(activities.finish(Finish(report=report, log_dir=str(tmp_path))))
+    await asyncio.sleep(0.1)
+    assert not finishing.done(), "its end waits for a writer of the log, which nobody else waits for"
+    rescue.cancel()
+    await asyncio.to_thread(log.write_text, "")
+    await finishing
+
+
 async def test_a_value_that_is_missing_at_run_time_fails_the_step_that_needs_it(client: Client, tmp_path: Path) -> None:
     plan = Plan(steps=[shell("a", "true"), shell("b", "true", env={"X": "${{ steps.a.outputs.nope }}"})])
     steps = by_id(await client.run(plan, plan_dir=tmp_path, log_dir=tmp_path / "logs"))
@@ -359,6 +487,40 @@ async def test_a_long_run_goes_on_in_new_executions_and_keeps_its_running_steps(
     assert sorted((tmp_path / "effects").read_text().split()) == sorted(["slow", *(str(n) for n in range(40))])
     assert Path(by_id(report)["slow"].stdout_path).read_text() == "begun\nended\n"
     assert [attempt.number for attempt in by_id(report)["slow"].attempts] == [1]
+
+
+@pytest.mark.parametrize("how", ["failed", "cancelled"])
+async def test_what_stops_a_run_that_is_about_to_leave_for_a_new_execution_is_not_lost(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    # It wants to leave when `first` has ended, and must wait for `last`, which began as a local activity.
+    monkeypatch.setattr("bridge.activities.BRIEF_S", 30.0)
+    monkeypatch.setattr(
+        PlanWorkflow,
+        "_is_history_long",
+        lambda self: self._run.started_at is None and len(self._schedule.reports()) == 1 and not self._schedule.stopped,
+    )
+    steps = [
+        shell("first", "true"),
+        shell("last", "touch begun; while ! test -e open; do sleep 0.05; done; exit 1"),
+        shell("next", "true", depends_on=["first"]),
+        shell("unrelated", "true", depends_on=["next"]),
+    ]
+    async with asyncio.timeout(60):
+        run = await client.start(Plan(name="leaving", steps=steps), plan_dir=tmp_path, log_dir=tmp_path / "logs")
+        while not (tmp_path / "begun").exists():
+            await asyncio.sleep(0.02)
+        # By now `first`, which is quicker, has ended.
+        await asyncio.sleep(0.3)
+        if how == "cancelled":
+            await client.cancel(run.workflow_id, run.run_id)
+        else:
+            (tmp_path / "open").touch()
+        report = await client.wait(run.workflow_id, run.run_id)
+    assert report.outcome == how
+    outcomes = {step.id: step.outcome for step in report.steps}
+    assert (outcomes["first"], outcomes["last"]) == ("succeeded", how)
+    assert outcomes["unrelated"] != "succeeded"
 
 
 @pytest.mark.parametrize("local", [True, False], ids=["local", "remote"])

@@ -14,7 +14,7 @@ from container.environment import EnvironmentProblem, environments, find
 from container.foreground import new_name
 from container.gpu_choice import choose, parse_gpus
 from container.image_spec import DEFAULT_NAME
-from container.launch import PORTABLE_NAMES, SECRET_NAMES, Job, LaunchError, entrypoint_path, memory_bytes
+from container.launch import PORTABLE_NAMES, SECRET_NAMES, Job, LaunchError, entrypoint_path, is_secret, memory_bytes
 from container.machine import ThisMachine
 from container.mounts import Mount, container_root, parse_mounts, project_id
 from container.spack_place import ENVIRONMENTS
@@ -31,7 +31,6 @@ _PORT = re.compile(
     r"(?:(?:(?P<address>[0-9.]+|\[[0-9a-fA-F:]+\]):)?(?P<host>\d+):)?(?P<port>\d+)(?:/(?P<kind>tcp|udp))?"
 )
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]+")
-_CREDENTIALS = re.compile(r"://[^/\s]*@")
 
 
 @dataclass(frozen=True)
@@ -134,9 +133,7 @@ class Request:
         secret = {
             name: value
             for name, value in whole.items()
-            if name in SECRET_NAMES
-            or _CREDENTIALS.search(value)
-            or any(each in value for each in hidden.values() if each)
+            if is_secret(name, value) or any(each in value for each in hidden.values() if each)
         }
         return {name: value for name, value in whole.items() if name not in secret}, secret
 

@@ -22,6 +22,7 @@ from bridge.job_files import JobFiles
 from bridge.job_look import RC_NOT_RUN, document, look
 from bridge.jobs import FOREVER_S, HEARTBEAT_S, JobError, JobOptions, JobRecord, new_record, plan_text, records
 from bridge.terminal import visible
+from container.launch import is_secret
 
 
 class CommandAfterDashes(click.Command):
@@ -49,7 +50,13 @@ class CommandAfterDashes(click.Command):
 @click.option("--memory", default="", help="Limit such as `8GiB`.")
 @click.option("--cpus", type=click.FloatRange(0), default=0.0, help="Limit of cores; 0 is none.")
 @click.option("--network", default="", help="`host` (the default), `none`, `bridge` or the name of a network.")
-@click.option("--env", "env", multiple=True, metavar="NAME[=VALUE]", help="Variable in the container.")
+@click.option(
+    "--env",
+    "env",
+    multiple=True,
+    metavar="NAME[=VALUE]",
+    help="Variable in the container; without a value, this shell's. HF_TOKEN and addresses with a login go as secrets.",
+)
 @click.option("--secret", "secrets", multiple=True, metavar="[VARIABLE=]NAME", help="Secret, as a variable.")
 @click.option("--mount", "mounts", multiple=True, metavar="HOST:CONTAINER[:ro]", help="Further folder or file.")
 @time_option("--timeout", "timeout_s", default=0.0, help="Time limit of an attempt; none by default.")
@@ -87,6 +94,12 @@ def run_job(
     connection = connect(address, namespace, task_queue)
     if isinstance(connection, LocalConnection):
         service: dict[str, Any] = {"state_dir": str(connection.state.dir)}
+    elif wanted.hidden:
+        name = min(wanted.hidden)
+        raise Failure(
+            f"`--env {name}` is a secret, and only the services of this machine can be handed one",
+            f"`orchestrate secret set {name}` where the worker runs, and `--secret {name}` here",
+        )
     else:
         service = {"address": address, "namespace": namespace, "task_queue": task_queue}
     project = project_of(project_id, root)
@@ -108,6 +121,7 @@ def run_job(
             "workflow_id": record.workflow_id,
             "log_dir": None,
             "format": "yaml",
+            "secrets": dict(wanted.hidden),
         }
         try:
             started = submit(connection, request, is_new_id=True)
@@ -175,11 +189,18 @@ def _options(
     gpus = gpus or ("all" if os.environ.get("SYGALDRY_GPU") == "true" else "none")
     if gpus not in ("none", "all") and not (gpus.isdecimal() and int(gpus) > 0):
         raise Failure(f"`--gpus` is `{gpus}`, wanted `none`, `all` or how many")
+    variables, named = dict(map(_variable, env)), dict(_pair(each) for each in secrets)
+    hidden = {name: value for name, value in variables.items() if is_secret(name, value)}
+    if taken := sorted(hidden.keys() & {*named, *named.values()}):
+        raise Failure(
+            f"`--env {taken[0]}` becomes a secret of that name, which `--secret` names too", "leave one of them away"
+        )
     return JobOptions(
         image=image,
         entrypoint=entrypoint,
-        env=dict(map(_variable, env)),
-        secrets=dict(_pair(each) for each in secrets),
+        env={name: value for name, value in variables.items() if name not in hidden},
+        secrets=named,
+        hidden=hidden,
         mounts=[_absolute(each) for each in mounts],
         gpus=gpus,
         memory=memory,

@@ -76,6 +76,8 @@ def run(
     }
     if default_log_dir := os.environ.get("TEMPORAL_LOG_DIR"):
         request["default_log_dir"] = str(Path(default_log_dir).absolute())
+    if ray_address := os.environ.get("RAY_ADDRESS"):
+        request["ray_address"] = ray_address
     output = Output(as_json=as_json, quiet=quiet)
     with connected(service) as connection:
         if isinstance(connection, LocalConnection) and not connection.is_up():
@@ -130,14 +132,17 @@ def submit(connection: Connection, request: dict[str, Any], *, is_new_id: bool =
 
 
 def call_with_secrets(connection: Connection, method: str, request: dict[str, Any]) -> dict[str, Any]:
-    """A call that starts a run; secrets that only this process's environment knows are handed over when needed."""
+    """A call that starts a run; asked for the plan's secrets, it says which of them this process's environment has.
+
+    None is said of the others: they may be stored, or known to the worker.
+    """
     try:
         started: dict[str, Any] = connection.call(method, **request)
     except CallError as error:
-        secrets = {name: os.environ[name] for name in error.names if name in os.environ}
-        if error.kind != "SecretsNeeded" or len(secrets) < len(error.names):
+        if error.kind != "SecretsNeeded":
             raise
-        started = connection.call(method, **request, secrets=secrets)
+        secrets = {name: os.environ.get(name) for name in error.names}
+        started = connection.call(method, **{**request, "secrets": {**request.get("secrets", {}), **secrets}})
     return started
 
 
