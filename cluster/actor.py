@@ -22,6 +22,7 @@ from cluster.plan_copies import PlanCopies
 from cluster.plan_modules import PlanModules
 from cluster.shape import ResourceShape
 from cluster.witness import Witness, is_here
+from container.view import activate_view
 from container.worker import FOLDER_VARIABLE, REFUSED_VARIABLE, UP
 from steps import Frozen, StepRequest
 from steps._files import RESULT
@@ -45,7 +46,7 @@ class ActorState(Frozen):
     """Address of the node for the other nodes."""
     pid: int
     refused: str = ""
-    """Why it is not in its image; such an actor runs nothing."""
+    """Why it is not in its image, or not as the image wants it; such an actor runs nothing."""
     key: str = ""
     """Key of the attempt that runs, or has ended and is not released."""
     running: bool = False
@@ -84,6 +85,8 @@ class StepActor:
             self._folder.mkdir(mode=0o700, exist_ok=REFUSED_VARIABLE in os.environ)
             sweep(self._folder.parent)
             orphans.start(self._folder)
+        # Here, and not in the containers' worker: a node that is the image has no such worker.
+        self._refused = os.environ.get(REFUSED_VARIABLE) or activate_view(os.environ)
         os.register_at_fork(after_in_child=_end_on_sigterm)
         self._modules = PlanModules()
         self._copies = PlanCopies(self._folder.parent)
@@ -191,7 +194,7 @@ class StepActor:
             folder=str(self._folder),
             address=ray.util.get_node_ip_address(),
             pid=os.getpid(),
-            refused=os.environ.get(REFUSED_VARIABLE, ""),
+            refused=self._refused,
             key=attempt.request.key if attempt else "",
             running=attempt is not None and not attempt.ended,
             contact_age_s=time.monotonic() - attempt.contact_at if attempt else 0.0,

@@ -144,16 +144,10 @@ class RayDispatch:
 
     async def _run_driver(self) -> tuple[bool, str, bool]:
         """One life of a driver: whether it was connected, why it ended, whether trying again is useless."""
-        try:
-            location = await self._locate()
-        except ClusterUnusable as error:
-            return False, str(error), True
-        except Exception as error:
-            return False, f"{type(error).__name__}: {error}", False
-        config = DriverConfig(**location.model_dump(), idle_ttl_s=self._idle_ttl_s)
-        driver = await self._spawn(config)
         reason, was_up, is_final = "the Ray driver ended unexpectedly", False, False
         try:
+            location = await self._locate()
+            driver = await self._spawn(DriverConfig(**location.model_dump(), idle_ttl_s=self._idle_ttl_s))
             assert driver.stdout is not None
             while line := await driver.stdout.readline():
                 message = json.loads(line)
@@ -164,6 +158,11 @@ class RayDispatch:
                     reason, is_final = message["down"], message["final"]
                 else:
                     self._receive(message)
+        except ClusterUnusable as error:
+            reason, is_final = str(error), True
+        except Exception as error:
+            # A full disk, too many processes, whatever: unnoticed, it would leave the attempts waiting for ever.
+            reason, is_final = f"{type(error).__name__}: {error}", False
         finally:
             self._is_up = False
             await self._end_driver()
@@ -189,8 +188,9 @@ class RayDispatch:
         if "progress" in message:
             handle.show(Progress.model_validate(message["progress"]))
         else:
+            result = StepResult.model_validate(message["result"])
             del self._handles[message["key"]]
-            handle.result.set_result(StepResult.model_validate(message["result"]))
+            handle.result.set_result(result)
 
     def _send_all(self) -> None:
         for handle in self._handles.values():

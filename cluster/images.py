@@ -10,7 +10,7 @@ A node that runs inside the image itself, by its label `image`, takes the step d
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ _BAD_FOR_S = 5.0
 _CHECK_TIMEOUT_S = 2400.0
 """Longer than a pull may take."""
 _MOST_REFUSALS = 2
+_FIT = "fit, but too few others are set up like it: the user, the paths of Python and our packages, the GPUs"
 
 
 class ImagesUnfit(Exception):
@@ -56,7 +57,10 @@ class Placing(NamedTuple):
             folder=f"{self.image.attempts}/{actor}",
             copies=str(copies_folder(Path(self.image.attempts))),
             mounts=shape.mounts,
+            project=shape.project,
+            root=shape.root,
             secrets=shape.secrets,
+            own_secrets=shape.own_secrets,
             cpus=shape.container_cpus,
             memory=shape.memory,
             devices=self.image.devices if shape.gpus else (),
@@ -120,25 +124,19 @@ class Images:
         """
         if not shape.is_contained:
             return None
-        able = sorted(room.able(shape))
-        good = [node_id for node_id in able if (found := self._known(shape, node_id)) and not found.error]
-        bad = [node_id for node_id in able if (found := self._known(shape, node_id)) and found.error]
-        if len(able) - len(bad) < shape.num_nodes:
+        able, fitting = sorted(room.able(shape)), room.fitting(shape)
+        known = {node_id: found for node_id in able if (found := self._known(shape, node_id))}
+        unknown = [node_id for node_id in able if node_id not in known]
+        good = _alike(known, fitting, shape.num_nodes)
+        if len(good) + len(unknown) < shape.num_nodes:
             raise ImagesUnfit(self._reasons(shape, [node for node in nodes if node["Alive"]], able))
-        fitting = room.fitting(shape)
         if len(set(fitting) & set(good)) < shape.num_nodes:
             # Look at nodes with room first, and at no more than are needed.
-            unknown = [node_id for node_id in able if node_id not in good and node_id not in bad]
             unknown.sort(key=lambda node_id: node_id not in fitting)
             wanted = [each for each in unknown if each in fitting or len(good) < shape.num_nodes][: shape.num_nodes]
             for node_id in wanted:
                 self._ask(shape, node_id)
-        if len(good) < shape.num_nodes:
-            return None
-        image = self._known(shape, good[0])
-        assert image is not None
-        alike = tuple(node_id for node_id in good if self._known(shape, node_id) == image)
-        return Placing(alike, image) if len(alike) >= shape.num_nodes else None
+        return Placing(tuple(good), known[good[0]]) if len(good) >= shape.num_nodes else None
 
     def refused(self, shape: ResourceShape) -> bool:
         """An actor did not come up in its image: True when the next try is no use. What is known is found out anew."""
@@ -181,7 +179,7 @@ class Images:
             if node["NodeID"] not in able:
                 parts.append(f"{host} has not what else the step asks for")
             elif known is not None:
-                text, _, hint = known.image.error.partition("\n\n")
+                text, _, hint = (known.image.error or _FIT).partition("\n\n")
                 parts.append(f"{host} (label {IMAGE_LABEL}={_label(node) or 'none'}): {text}")
                 hints += [hint] if hint and hint not in hints else []
         none = "no node" if shape.num_nodes == 1 else "too few nodes"
@@ -203,6 +201,17 @@ async def _check_on_node(node_id: str, name: str, pinned: str, gpus: bool) -> No
         log.warning("image %s could not be checked on node %s: %s", name, node_id, error)
         return NodeImage(error=f"it could not be checked: {str(error).partition(chr(10))[0] or type(error).__name__}")
     return found
+
+
+def _alike(known: Mapping[str, NodeImage], fitting: Collection[str], wanted: int) -> list[str]:
+    """Nodes where the image is the same in all: `wanted` ones if there are so many, of which most have room."""
+    fit = {node_id: image for node_id, image in known.items() if not image.error}
+    groups = [[node_id for node_id in fit if fit[node_id] == image] for image in fit.values()]
+
+    def rank(group: Collection[str]) -> tuple[int, int, int]:
+        return min(len(group), wanted), min(len(set(group) & set(fitting)), wanted), len(group)
+
+    return max(groups, key=rank, default=[])
 
 
 def _question(shape: ResourceShape, node_id: str) -> _Question:

@@ -31,7 +31,10 @@ docker version >/dev/null 2>&1 && value docker_answers yes
 value labels "$(docker image inspect --format '{{json .Config.Labels}}' "$image" 2>/dev/null)"
 value running "$(docker ps --quiet --filter "label=orchestrate.cluster=$name" 2>/dev/null | tr '\\n' ' ')"
 for port in $ports; do
-  (exec 3<>"/dev/tcp/$address/$port") 2>/dev/null && value taken "$port"
+  # Some of Ray listens at every address, its dashboard at loopback alone.
+  for host in "$address" 127.0.0.1; do
+    (exec 3<>"/dev/tcp/$host/$port") 2>/dev/null && value taken "$port" && break
+  done
 done
 true
 """

@@ -4,8 +4,8 @@
     release(key)      -> the next waiting key of that shape | idle until `idle_ttl_s`, or until another shape needs room
 
 A shape that names its `actor` has one actor, whose keys wait for each other. A gang's actors end with its lease: idle,
-they would keep whole nodes. A lease is found again by its key. The pool's memory is the actors themselves: after its
-own death it lists them and asks each what it holds.
+they would keep whole nodes. A lease is found again by its key, and ends what earlier attempts of its step hold. The
+pool's memory is the actors themselves: after its own death it lists them and asks each what it holds.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from ray.exceptions import ActorUnavailableError, RayError
 from cluster.connect import NAMESPACE, is_outside
 from cluster.images import Images, ImagesUnfit, Placing
 from cluster.lease import Lease
-from cluster.lost_nodes import LostNodes
+from cluster.lost_nodes import LostNodes, death_times
 from cluster.member import Member, actor_name, group_names, member_name, remove_group
 from cluster.room import Room
 from cluster.shape import ResourceShape, why_infeasible
@@ -96,6 +96,7 @@ class Pool:
     async def lease(self, key: str, shape: ResourceShape, wait_s: float) -> Lease:
         """The actor for `key`; waits at most `wait_s`, ask again when the state is `waiting`."""
         await self._ensure_open()
+        self._end_earlier(key)
         for member in self._members.values():
             if member.key == key:
                 return member.lease
@@ -116,6 +117,17 @@ class Pool:
         with contextlib.suppress(TimeoutError):
             return await asyncio.wait_for(asyncio.shield(waiter.lease), wait_s)
         return Lease(state="waiting", text=await self._waiting_text(shape))
+
+    def _end_earlier(self, key: str) -> None:
+        """End what earlier attempts of the same step hold: whoever starts the next one has given them up.
+
+        They may run all the same, when their worker could not reach the cluster for long. Two must never run at a time.
+        """
+        for member in [member for member in self._members.values() if _is_earlier(member.key, key)]:
+            log.warning("attempt %s is ended, its step is tried again", member.key)
+            self._stop(member)
+        for earlier in [waiting for waiting in self._waiters if _is_earlier(waiting, key)]:
+            del self._waiters[earlier]
 
     async def _pin(self, shape: ResourceShape, wait_s: float) -> Lease:
         """What the shape's image stands for, for whoever will ask again with that."""
@@ -185,6 +197,8 @@ class Pool:
                 raise ValueError(f"{len(actors)} of {shape.num_nodes} actors are left")
             member = Member(name, handles, shape)
             states = await member.states(_CHECK_TIMEOUT_S)
+            if refusal := next((state.refused for state in states if state.refused), ""):
+                raise ValueError(refusal)
         except (RayError, ValueError, TimeoutError) as error:
             log.warning("step actor %s does not answer the new pool, it is stopped: %s", name, error)
             for handle in handles:
@@ -350,10 +364,11 @@ class Pool:
                 self._stop(member)
                 self._fail_oldest(member.shape, str(error))
             return
-        if refusal := next((state.refused for state in states if state.refused), ""):
+        if refusing := next((state for state in states if state.refused), None):
             self._stop(member)
             if self._images.refused(member.shape):
-                text = f"no actor comes up in image `{member.shape.image}` on `{states[0].node}`: {refusal}"
+                image = f" in image `{member.shape.image}`" if member.shape.image else ""
+                text = f"no actor comes up{image} on `{refusing.node}`: {refusing.refused}"
                 self._fail_all(member.shape.identity, Lease(state="unfit", text=text))
             self._wake.set()
             return
@@ -402,8 +417,7 @@ class Pool:
         """The cluster as it was at most `_VIEW_AGE_S` ago: hundreds of keys may wait at a time."""
         async with self._looking:
             if time.monotonic() - self._view.at > _VIEW_AGE_S:
-                self._view = await asyncio.to_thread(_look)
-                self._lost.note(self._view.nodes)
+                self._view = await asyncio.to_thread(_look, self._lost)
         return self._view
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
@@ -412,8 +426,17 @@ class Pool:
         task.add_done_callback(self._tasks.discard)
 
 
-def _look() -> _View:
-    return _View(ray.nodes(), ray._private.state.available_resources_per_node(), time.monotonic())
+def _look(lost: LostNodes) -> _View:
+    nodes = ray.nodes()
+    lost.note(nodes, death_times)
+    return _View(nodes, ray._private.state.available_resources_per_node(), time.monotonic())
+
+
+def _is_earlier(one: str, other: str) -> bool:
+    """True when `one` is the key of an earlier attempt of the same step: `STEP_KEY/ATTEMPT`."""
+    (step, _, attempt), (other_step, _, other_attempt) = one.rpartition("/"), other.rpartition("/")
+    is_same_step = step == other_step and attempt.isdigit() and other_attempt.isdigit()
+    return is_same_step and int(attempt) < int(other_attempt)
 
 
 async def _shape_of(handle: Any) -> ResourceShape:

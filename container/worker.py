@@ -4,7 +4,8 @@
                        '- reaper.start_watch: removes the container when this process or the raylet has ended
 
 The container shares the node's network, processes and memory segments, as Ray wants; of its files it sees the session
-of Ray, the standard mounts and what the spec names; of its environment Ray's own variables and what the node allows.
+of Ray, the standard mounts, the secrets that are declared and what else the spec names; of its environment Ray's own
+variables and what the node allows.
 When the container does not come up, a worker of the host is started in its place, with `REFUSED_VARIABLE` set: its
 actor fails with that text, where a worker that never came would be waited for.
 """
@@ -22,7 +23,7 @@ from typing import Any, NoReturn
 
 from container import reaper
 from container.engine_socket import EngineError, EngineSocket
-from container.mounts import HF_HOME, HOME, Mount, container_root, standard_mounts
+from container.mounts import HF_HOME, HOME, Mount, container_root, project_id, standard_mounts
 
 ACTOR_LABEL = "orchestrate.actor"
 REFUSED_VARIABLE = "ORCHESTRATE_IMAGE_REFUSED"
@@ -58,8 +59,14 @@ class WorkerSpec:
     """Folder on the node for copies of plans' folders; the same holds for it."""
     mounts: Sequence[str] = ()
     """Folders of the node that are seen at the same path; the first is also `/workspace`. Missing ones are left out."""
+    project: str = ""
+    """Whose caches are mounted; by default as the node says, else after the first of `mounts`."""
+    root: str = ""
+    """Folder of the node that those caches lie in; by default as the node says."""
     secrets: Sequence[str] = ()
-    """Names of secrets that may be variables of the node's environment."""
+    """Names of the secrets it may see, of all that the node has."""
+    own_secrets: str = ""
+    """Folder of secrets that came with the run, within the node's own; they go before those."""
     cpus: float = 0.0
     """Limit in cores; 0 is none."""
     memory: int = 0
@@ -124,14 +131,10 @@ def worker_config(spec: WorkerSpec, worker: Sequence[str], env: Mapping[str, str
     if token := _token_file(env, private):
         inside["RAY_AUTH_TOKEN_PATH"] = token
         mounts.append(Mount(token, token, read_only=True))
-    if (secrets := env.get(_SECRETS_DIR_VARIABLE)) and Path(secrets).is_dir():
-        inside[_SECRETS_DIR_VARIABLE] = secrets
-        mounts.append(Mount(secrets, secrets, read_only=True))
-    if named := [name for name in spec.secrets if name in env and "/" not in name]:
-        (private / "secrets").mkdir(mode=0o700)
-        for name in named:
-            _write_private(private / "secrets" / name, env[name])
-        mounts.append(Mount(str(private / "secrets"), _SECRETS, read_only=True))
+    if secrets := _secret_files(spec, env, private):
+        inside[_SECRETS_DIR_VARIABLE] = _SECRETS
+        # One by one: the folder they lie in has the secrets of other plans and runs.
+        mounts += [Mount(str(file), f"{_SECRETS}/{name}", read_only=True) for name, file in secrets.items()]
     arguments = [spec.python, f"{KIT}/container/inside.py", "worker", KIT, *worker[1:]]
     config = base_config(spec, arguments, mounts, inside)
     config["Labels"] = {ACTOR_LABEL: spec.actor, reaper.OWNER_LABEL: reaper.owner()}
@@ -172,7 +175,10 @@ def base_config(
 
 def _step_mounts(spec: WorkerSpec, env: Mapping[str, str]) -> list[Mount]:
     folders = [folder for folder in spec.mounts if Path(folder).is_dir() and Path(folder) != Path("/")]
-    root = container_root(env, env.get("SYGALDRY_PROJECT_ID") or "default")
+    # Of the project that commands in the plan's folder work for: there lies the store that `spack build` fills.
+    named = spec.project or env.get("SYGALDRY_PROJECT_ID", "")
+    project = project_id(named, Path(spec.mounts[0] if spec.mounts else "/"))
+    root = Path(spec.root) if spec.root else container_root(env, project)
     standard = standard_mounts(root, Path(folders[0] if folders else spec.folder))
     return [*standard, *(Mount(folder, folder) for folder in folders)]
 
@@ -181,6 +187,24 @@ def _is_allowed(name: str, env: Mapping[str, str]) -> bool:
     """Ray's own variables, and those that whoever runs the node allows every step to see."""
     allowed = [_OF_RAY, *env.get("ORCHESTRATE_ENV_ALLOW", "").split(",")]
     return name not in _NOT_INSIDE and any(fnmatch.fnmatchcase(name, pattern.strip()) for pattern in allowed)
+
+
+def _secret_files(spec: WorkerSpec, env: Mapping[str, str], private: Path) -> dict[str, Path]:
+    """The file of each declared secret that this node has; one that is a variable is written to one.
+
+    They are looked for in the order of `steps._secrets`, which also refuses what is no name.
+    """
+    kept = env.get(_SECRETS_DIR_VARIABLE)
+    folders = [Path(kept, spec.own_secrets), Path(kept)] if kept else []
+    found = {}
+    for name in (name for name in spec.secrets if "/" not in name and not name.startswith(".")):
+        if file := next((folder / name for folder in folders if (folder / name).is_file()), None):
+            found[name] = file
+        elif name in env:
+            (private / "secrets").mkdir(mode=0o700, exist_ok=True)
+            found[name] = private / "secrets" / name
+            _write_private(found[name], env[name])
+    return found
 
 
 def _token_file(env: Mapping[str, str], private: Path) -> str:

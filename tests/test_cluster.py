@@ -70,6 +70,15 @@ def test_clouds_differ_from_our_own_machines_only_where_they_must() -> None:
         assert other["docker"]["run_options"] == ours["docker"]["run_options"]
 
 
+def test_where_machines_are_rented_one_with_a_gpu_is_there_from_the_start() -> None:
+    """What no node that is there can give fails at once: without it no step could ask for a GPU."""
+    for name in FILES[1:]:
+        assert yaml.safe_load((ROOT / name).read_text())["available_node_types"]["gpu"]["min_workers"] == 1
+    groups = yaml.safe_load((ROOT / "cluster/kuberay.yaml").read_text())["spec"]["workerGroupSpecs"]
+    (gpu,) = [group for group in groups if group["groupName"] == "gpu"]
+    assert gpu["minReplicas"] == gpu["replicas"] == 1
+
+
 def test_what_is_no_cluster_file_is_refused_with_every_problem(tmp_path: Path) -> None:
     path = tmp_path / "cluster.yaml"
     path.write_text("cluster_name: 3\nprovider: {type: local}\nnonsense: 1\n")
@@ -281,12 +290,13 @@ def test_all_that_is_missing_is_told_with_the_machine_where_it_is(machines: Mach
     content["available_node_types"]["cpu"]["node_config"]["ips"] = [machines.nobody]
     content["docker"]["head_image"] = "sygaldry-test/nowhere:1"
     file.write_text(yaml.safe_dump(content))
-    with socket.create_server((machines.head, machines.ports[2])):
+    client, dashboard = machines.ports[1:3]
+    with socket.create_server((machines.head, client)), socket.create_server(("127.0.0.1", dashboard)):
         done = machines.run("orchestrate", "cluster", "up", "--yes", "--config", file)
     assert done.returncode == 3, done.stderr
     assert f"made token {machines.token}" in done.stderr
     assert f"{machines.head}: image: `sygaldry-test/nowhere:1` is not there" in done.stderr
-    assert f"{machines.head}: ports: taken: {machines.ports[2]}" in done.stderr
+    assert f"{machines.head}: ports: taken: {client}, {dashboard}" in done.stderr
     assert f"{machines.nobody}: login: `ssh root@{machines.nobody}`: no login" in done.stderr
     assert machines.worker not in done.stderr
     assert done.stderr.count("hint:") == 3

@@ -257,6 +257,17 @@ def test_verify_gpu_asks_only_for_what_is_named(run: Run, ray_image: str, gpu_ma
     assert run(ray_image, ["verify-gpu", "--frameworks", "tensorflow"], gpu_machine).code == 2
 
 
+def test_verify_gpu_takes_nothing_of_the_current_folder(run: Run, ray_image: str, gpu_machine, tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise RuntimeError('a folder of the repository')\n")
+    (tmp_path / "json.py").write_text("raise RuntimeError('a file of the repository')\n")
+    (tmp_path / "modules" / "jax.py").rename(tmp_path / "jax.py")
+    code, said, _ = run(ray_image, ["verify-gpu", "--json"], gpu_machine)
+    found = json.loads(said)["frameworks"]
+    assert code == 1 and found["torch"]["usable"] is True
+    assert found["jax"]["installed"] is False and found["jax"]["error"].startswith("not installed in ")
+
+
 COMMIT = "5f91d94bd9cd7190a9f3216ff93cd1dd95f2c7be"
 
 

@@ -10,6 +10,7 @@ import pytest
 import pytest_asyncio
 
 from cluster.shape import ResourceShape, fits, lacking, why_infeasible
+from steps import StepRequest
 
 pytestmark = [pytest.mark.ray, pytest.mark.asyncio(loop_scope="module")]
 
@@ -91,11 +92,8 @@ async def test_a_discarded_actor_is_not_used_again(client: Client) -> None:
     assert (await client.lease("b")).actor != first.actor
 
 
-async def test_leases_survive_the_pools_death(client: Client, ray_head: Any, driver: Any) -> None:
-    from cluster.attempt_folder import Cursor
-    from steps import StepRequest
-
-    request = StepRequest(
+def long_step() -> StepRequest:
+    return StepRequest(
         workflow_id="flow",
         run_id="run",
         step_id=uuid.uuid4().hex,
@@ -109,6 +107,31 @@ async def test_leases_survive_the_pools_death(client: Client, ray_head: Any, dri
         timeout_s=600,
         grace_s=0.2,
     )
+
+
+async def test_an_attempt_that_was_given_up_ends_before_the_next_one_starts(client: Client, driver: Any) -> None:
+    from cluster.attempt_folder import Cursor
+
+    request = long_step()
+    step = request.step_key
+    first, other = await asyncio.gather(client.lease(request.key), client.lease(f"{step}-other/1"))
+    actor = driver.get_actor(first.actor, "orchestrate")
+    await actor.start.remote(request, Cursor(), 0)
+    assert (await client.lease(request.key)).actor == first.actor, "its own attempt finds it"
+    assert (await client.lease(f"{step}/0", wait_s=0.5)).state == "waiting", "an earlier attempt ends nothing"
+    await client.release(f"{step}/0")
+    second = await client.lease(f"{step}/2", wait_s=30)
+    assert (second.state, second.fresh) == ("leased", True)
+    with pytest.raises(driver.exceptions.RayActorError):
+        await asyncio.wait_for(actor.state.remote(), 30)
+    assert (await client.lease(f"{step}-other/1")).actor == other.actor
+    assert {member["key"] for member in await client.members()} == {f"{step}/2", f"{step}-other/1"}
+
+
+async def test_leases_survive_the_pools_death(client: Client, ray_head: Any, driver: Any) -> None:
+    from cluster.attempt_folder import Cursor
+
+    request = long_step()
     lease = await client.lease(request.key)
     idle = await client.lease("idle")
     await client.release("idle")

@@ -425,6 +425,26 @@ async def test_no_cluster_fails_when_patience_ends(ray_head: Any, tmp_path: Path
     assert "no Ray cluster answers at `127.0.0.1:1`" in result.error
 
 
+async def test_a_driver_that_cannot_be_started_is_tried_again(bench: Bench, tmp_path: Path) -> None:
+    log = tmp_path / "later" / "driver.log"
+    dispatch = RayDispatch(bench.locate, driver_log=log)
+    handle = await dispatch.attach_or_start(bench.shell("true"), ResourceShape())
+    progress = await until(handle, lambda progress: progress.text)
+    assert "waiting for the Ray cluster: FileNotFoundError" in progress.text
+    log.parent.mkdir()
+    assert (await asyncio.wait_for(handle.wait(), 120)).outcome == "succeeded"
+    await dispatch.close()
+
+
+async def test_a_driver_that_can_never_be_started_fails_when_patience_ends(bench: Bench, tmp_path: Path) -> None:
+    dispatch = RayDispatch(bench.locate, patience_s=0.5, driver_log=tmp_path)
+    handle = await dispatch.attach_or_start(bench.shell("true"), ResourceShape())
+    result = await asyncio.wait_for(handle.wait(), 60)
+    await dispatch.close()
+    assert (result.reason, result.final) == ("infrastructure", False)
+    assert "IsADirectoryError" in result.error
+
+
 async def test_the_worker_survives_its_cluster(make_ray_head: Callable[[], Any], tmp_path: Path) -> None:
     head = make_ray_head()
     head.start()

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import socket
+import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -24,6 +25,7 @@ from container.kit import ensure_kit, kits_root
 from container.worker import ACTOR_LABEL
 from steps import Progress, StepRequest, StepResult
 from steps._files import attempt_dir
+from steps._secrets import run_secrets_dir
 
 pytestmark = [pytest.mark.ray, pytest.mark.asyncio(loop_scope="module")]
 
@@ -105,16 +107,46 @@ class Bench:
 
 @pytest.fixture(scope="module")
 def head(make_ray_head: Callable[[], Any]) -> Iterator[Any]:
-    """A head with two GPUs that are numbers only."""
+    """A head with two GPUs that are numbers only, and a folder for secrets that our driver knows too."""
     head = make_ray_head()
-    head.start("--num-gpus=2", **{LOGICAL_GPUS_VARIABLE: "1", "PRIVATE_OF_THE_HOST": "do not look"})
-    yield head
+    folders = {
+        "SYGALDRY_CONTAINER_ROOT": str(head.folder / "root"),
+        "ORCHESTRATE_SECRETS_DIR": str(head.folder / "secrets"),
+    }
+    head.start("--num-gpus=2", **{LOGICAL_GPUS_VARIABLE: "1", "PRIVATE_OF_THE_HOST": "do not look"}, **folders)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ORCHESTRATE_SECRETS_DIR", folders["ORCHESTRATE_SECRETS_DIR"])
+        yield head
+
+
+@pytest.fixture(scope="module")
+def image_with(ray_image: str, docker_engine: Any) -> Iterator[Callable[[str], str]]:
+    """Makes an image as it is built with a Spack environment of this name."""
+    container = docker_engine.containers.create(ray_image, "true")
+    names = []
+
+    def make(environment: str) -> str:
+        content_hash = uuid.uuid4().hex * 2
+        names.append(f"sygaldry-test/with-{environment}:{content_hash[:8]}")
+        changes = f"ENV SYGALDRY_SPACK_ENVIRONMENT={environment}\nLABEL sygaldry.content_hash={content_hash}"
+        container.commit(*names[-1].split(":"), changes=changes)
+        return names[-1]
+
+    yield make
+    container.remove()
+    for name in names:
+        docker_engine.images.remove(name)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def bench(
-    head: Any, ray_image: str, docker_engine: Any, tmp_path_factory: pytest.TempPathFactory
+    head: Any,
+    ray_image: str,
+    image_with: Callable[[str], str],
+    docker_engine: Any,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> AsyncIterator[Bench]:
+    # Images are removed after their actors, hence `image_with`.
     bench = Bench(head, tmp_path_factory.mktemp("bench"), ray_image, docker_engine)
     yield bench
     await bench.dispatch.close()
@@ -174,6 +206,98 @@ async def test_nothing_of_the_hosts_environment_is_inside_but_secrets_are(bench:
     described = json.dumps([each.attrs for each in bench.containers()])
     assert bench.head.secret not in described
     assert bench.head.token_file.read_text() not in described
+
+
+async def test_a_step_in_an_image_and_a_container_job_have_the_same_caches(
+    bench: Bench, run_step: Callable[..., StepResult], small_image: str, tmp_path: Path
+) -> None:
+    root = {"SYGALDRY_CONTAINER_ROOT": str(tmp_path / "root")}
+    made = await bench.run(bench.shell("echo warm > /opt/hf_cache/made", env=root))
+    assert made.outcome == "succeeded", made
+    look = {"command": "grep warm /opt/hf_cache/made", "image": small_image}
+    seen = await asyncio.to_thread(run_step, "container_job", look, env=root)
+    assert seen.outcome == "succeeded", seen
+
+
+async def test_a_container_has_the_secrets_of_its_step_as_they_are_now(bench: Bench) -> None:
+    kept = bench.head.folder / "secrets"
+
+    def keep(folder: Path, name: str, value: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f".{name}").write_text(value)
+        (folder / f".{name}").replace(folder / name)
+
+    async def found(wanted: str, **fields: Any) -> str:
+        script = f'test "$TOKEN" = {wanted} && ! ls {kept} && ls -A /run/secrets'
+        request = bench.shell(script, secrets={"TOKEN": "KEY"}, **fields)
+        result = await bench.run(request)
+        assert result.outcome == "succeeded", result
+        return (attempt_dir(request) / "stdout.log").read_text()
+
+    keep(kept, "KEY", "first-value")
+    keep(kept, "OTHER", "of-another-step")
+    keep(run_secrets_dir(kept, "another-flow"), "KEY", "of-another-run")
+    assert await found("first-value") == "KEY\n"
+    keep(kept, "KEY", "second-value")
+    assert await found("second-value") == "KEY\n"
+    keep(run_secrets_dir(kept, "flow"), "KEY", "of-this-run")
+    assert await found("of-this-run") == "KEY\n"
+    assert await found("second-value", workflow_id="third-flow") == "KEY\n"
+    without = await bench.run(bench.shell(f"! ls {kept} && ! ls /run/secrets/KEY"))
+    assert without.outcome == "succeeded", without
+
+
+def make_view(store: Path) -> None:
+    """The view `standin`, with a program and a Python module."""
+    view = store / "views" / "standin"
+    packages = view / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"
+    packages.mkdir(parents=True)
+    (packages / "viewmodule.py").write_text("def where():\n    return {'file': __file__}\n")
+    (view / "bin").mkdir()
+    (view / "bin" / "greet").write_text('#!/bin/sh\necho "hello from $SPACK_ENV_VIEW"\n')
+    (view / "bin" / "greet").chmod(0o755)
+
+
+async def test_a_step_in_an_image_with_an_environment_has_its_view(
+    bench: Bench, image_with: Callable[[str], str]
+) -> None:
+    make_view(bench.head.folder / "root" / "spack_store")
+    image, view = image_with("standin"), "/opt/spack_store/views/standin"
+    request = bench.request("command", {"command": "greet"})
+    greeted = await bench.run(request, image=image)
+    assert greeted.outcome == "succeeded", greeted
+    assert (attempt_dir(request) / "stdout.log").read_text() == f"hello from {view}\n"
+    called = await bench.run(bench.request("python", {"call": "viewmodule:where"}), image=image)
+    assert called.outcome == "succeeded" and called.outputs["file"].startswith(f"{view}/lib/"), called
+    missing = await bench.run(bench.shell("true"), image=image_with("unbuilt"))
+    assert (missing.outcome, missing.reason, missing.final) == ("failed", "image", True)
+    assert "there is no `/opt/spack_store/views/unbuilt/bin`" in missing.error
+    assert "hint: `orchestrate spack build unbuilt`" in missing.error
+
+
+async def test_a_node_that_is_an_image_without_its_view_runs_nothing(
+    make_ray_head: Callable[[], Any], docker_engine: Any, tmp_path: Path
+) -> None:
+    head = make_ray_head()
+    store = head.folder / "store"
+    head.start(
+        SYGALDRY_IMAGE_LABEL="sygaldry.standin-0123456789abcdef",
+        SYGALDRY_SPACK_ENVIRONMENT="standin",
+        SYGALDRY_SPACK_STORE=str(store),
+    )
+    bench = Bench(head, tmp_path, "", docker_engine)
+    try:
+        missing = await bench.run(bench.shell("true"))
+        assert (missing.outcome, missing.reason, missing.final) == ("failed", "image", True)
+        assert missing.error.startswith(f"no actor comes up on `{socket.gethostname()}`: ")
+        assert f"there is no `{store}/views/standin/bin`" in missing.error
+        make_view(store)
+        for request in (bench.shell("greet"), bench.request("python", {"call": "viewmodule:where"})):
+            result = await bench.run(request)
+            assert result.outcome == "succeeded", result
+    finally:
+        await bench.dispatch.close()
+        head.kill()
 
 
 async def test_the_gpus_ray_assigned_are_visible_by_their_numbers(bench: Bench) -> None:
@@ -305,6 +429,8 @@ async def test_on_a_node_that_is_the_image_the_step_runs_directly(bench: Bench, 
     deadline = time.monotonic() + 60
     while (result := await bench.run(request, image="", labels=labels)).reason == "infeasible":
         assert time.monotonic() < deadline, result
+        # The node needs the time more than we do.
+        await asyncio.sleep(0.5)
         request = request.model_copy(update={"attempt": request.attempt + 1})
     result = await bench.run(bench.look(run_id=request.run_id))
     assert (result.outcome, result.image) == ("succeeded", f"{bench.image}@{image_node}"), result

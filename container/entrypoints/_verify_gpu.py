@@ -3,6 +3,7 @@
     nvidia-smi, nvcc -> driver and GPUs -+
     torch, JAX: each in a process of its own, as an import may crash or hang -+-> report (JSON) -> exit code 0 or 1
 
+A `torch` folder or a `jax.py` of the repository it is started in stands for neither of them.
 Knows only the standard library: it runs in whatever Python the environment has.
 """
 
@@ -36,8 +37,11 @@ for device in jax.devices("gpu"):
     found["devices"].append(device.device_kind)
 """
 PROBES = {"torch": TORCH, "jax": JAX}
+# `-c` puts the current folder before everything; -P, which would not, is Python 3.11's.
 FRAME = """
-import importlib.util, json, sys
+import sys
+sys.path[:] = [place for place in sys.path if place]
+import importlib.util, json
 found = {"installed": importlib.util.find_spec(NAME) is not None, "usable": False, "version": None, "devices": []}
 def check(got, where):
     if got != 64.0**3:

@@ -14,5 +14,4 @@ if ! command -v python3 >/dev/null; then
   warn 'there is no python3 to check with'
   exit 1
 fi
-# -P: a file of the current folder must not stand in for a package.
 exec python3 "$ENTRYPOINTS/_verify_gpu.py" "${problem[@]}" "$@"
