@@ -15,6 +15,8 @@ ENTRYPOINTS = "/opt/sygaldry/entrypoints"
 HF_HOME = "/opt/hf_cache"
 STORE = "/opt/spack_store"
 """Of Spack, shared by its environments."""
+STORE_VARIABLE = "SYGALDRY_SPACK_STORE"
+"""Where it is elsewhere."""
 
 _OF_ROOT = {
     "monorepo_home": HOME,

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Protocol
 
 from container.environment import Environment, EnvironmentProblem
-from container.mounts import ENTRYPOINTS, STORE, Mount
+from container.mounts import ENTRYPOINTS, STORE, STORE_VARIABLE, Mount
 
 ENVIRONMENTS = "/opt/sygaldry/environments"
 """Where a standard container sees environments, by name."""
-STORE_VARIABLE = "SYGALDRY_SPACK_STORE"
 STORE_IN_USE = 75
 """Exit code of a build that did not get the store."""
 _PASSED_ON = ("SPACK_PYTHON", "SYGALDRY_SPACK_PACKAGES", "SPACK_USER_CACHE_PATH", "SPACK_DISABLE_LOCAL_CONFIG")

@@ -11,13 +11,12 @@ import sys
 from collections.abc import MutableMapping
 from pathlib import Path
 
-from container.mounts import STORE
+from container.mounts import STORE, STORE_VARIABLE
 
 ENVIRONMENT_VARIABLE = "SYGALDRY_SPACK_ENVIRONMENT"
 """Set in an image that was built with an environment: its name."""
 LABEL_VARIABLE = "SYGALDRY_IMAGE_LABEL"
 """Set in every image of ours."""
-_STORE_VARIABLE = "SYGALDRY_SPACK_STORE"
 
 
 def activate_view(env: MutableMapping[str, str]) -> str:
@@ -28,7 +27,7 @@ def activate_view(env: MutableMapping[str, str]) -> str:
     name = env.get(ENVIRONMENT_VARIABLE, "")
     if not name or not env.get(LABEL_VARIABLE):
         return ""
-    view = Path(env.get(_STORE_VARIABLE) or STORE) / "views" / name
+    view = Path(env.get(STORE_VARIABLE) or STORE) / "views" / name
     if not (view / "bin").is_dir():
         return (
             f"the image is built with the Spack environment `{name}`, which is not in the store that it sees: "

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from rl.config import EngineConfig
 from rl.engine import ScoreRequest
 from rl.engine_environment import set_engine_environment
-from rl.engine_hf_batch import KeysAndValues, Rows, Turn, padded
+from rl.engine_hf_batch import KeysAndValues, Rows, RowTurn, padded
 from rl.engine_thread import Deliver, Request
 from rl.generate import Sample
 from rl.tokenizer import Tokenizer
@@ -75,7 +75,7 @@ class HfDriver:
         # have an end token, behind which transformers would go on with padding, and penalties.
         self._model.generation_config = GenerationConfig()
         self._generation = GenerationConfig(do_sample=False, pad_token_id=0, return_dict_in_generate=True)
-        self._turns: dict[int, Turn] = {}
+        self._turns: dict[int, RowTurn] = {}
         self._kept: KeysAndValues | None = None
         """Of the rows that ran when the last batch was ended."""
         self._again = False
@@ -96,7 +96,7 @@ class HfDriver:
         if isinstance(request, ScoreRequest):
             self._deliver(key, self._score(request.token_ids))
         else:
-            self._turns[key] = Turn(request, self._tokenizer, self._config.max_model_tokens)
+            self._turns[key] = RowTurn(request, self._tokenizer, self._config.max_model_tokens)
 
     def drop(self, key: int) -> Sample | None:
         """Take a request out; its row of a running batch stays empty."""
@@ -175,11 +175,8 @@ class HfDriver:
             if self._turns.get(key) is not turn:
                 continue
             token = token_list[row]
-            turn.token_ids.append(token)
-            turn.logprobs.append(logprob_list[row])
-            turn.versions.append(self.version)
-            rule = turn.rule
-            stopped = rule is not None and (rule.over(token) or token == self._tokenizer.eos_token_id)
+            over = turn.take(token, logprob_list[row], self.version)
+            stopped = over or (turn.rule is not None and token == self._tokenizer.eos_token_id)
             if stopped or len(turn.token_ids) >= turn.most:
                 del self._turns[key]
                 self._deliver(key, turn.sample("stop" if stopped else "length"))

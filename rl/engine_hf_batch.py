@@ -1,54 +1,42 @@
 """The rows of the control engine: turns, batches of them, and what the model has computed of a batch that ended.
 
-Turn, Turn, ... -> Rows -> choose, token by token          Rows, cache -> KeysAndValues -> cache of the next Rows
+RowTurn, RowTurn, ... -> Rows -> choose, token by token          Rows, cache -> KeysAndValues -> cache of the next Rows
 """
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rl.generate import Finish, GenerateRequest, Sample
-from rl.stop_rule import StopRule
+from rl.engine_turn import Turn
+from rl.generate import GenerateRequest
 from rl.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import torch
 
 
-class Turn:
-    """A request that waits or runs."""
+class RowTurn(Turn):
+    """A turn that is a row of one batch after the other."""
 
     def __init__(self, request: GenerateRequest, tokenizer: Tokenizer, max_model_tokens: int) -> None:
         import torch
 
+        super().__init__(request, tokenizer)
         self.request = request
-        self.rule = None if request.to_the_end else StopRule(tokenizer, request.stop_pattern)
         self.most = min(request.max_tokens, max_model_tokens - len(request.token_ids))
         generator = torch.Generator().manual_seed(request.seed)
         self.uniforms = torch.rand(self.most, dtype=torch.float64, generator=generator)
         """[most] the number that each token is drawn by: of the seed alone, whatever the batch."""
-        self.token_ids: list[int] = []
-        self.logprobs: list[float] = []
-        self.versions: list[int] = []
 
     @property
     def whole(self) -> list[int]:
         """The conversation up to here."""
         return [*self.request.token_ids, *self.token_ids]
 
-    def sample(self, finish: Finish) -> Sample:
-        """What there is of it."""
-        return Sample(
-            token_ids=tuple(self.token_ids),
-            logprobs=tuple(self.logprobs),
-            versions=tuple(self.versions),
-            finish=finish,
-        )
-
 
 class Rows:
     """The turns of one call of `generate`, a row each."""
 
-    def __init__(self, turns: Mapping[int, Turn], device: "torch.device") -> None:
+    def __init__(self, turns: Mapping[int, RowTurn], device: "torch.device") -> None:
         import torch
 
         self.turns = list(turns.values())
@@ -93,7 +81,7 @@ class KeysAndValues:
         self.can_be_rearranged = _is_plain(cache) and cache.get_seq_length() == batch.length - 1
         """Whether they can be taken apart by rows and columns: windows and states cannot."""
 
-    def holds(self, turn: Turn) -> bool:
+    def holds(self, turn: RowTurn) -> bool:
         """Whether it ran in that batch."""
         return turn in self._rows
 

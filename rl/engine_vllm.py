@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from rl.config import EngineConfig
 from rl.engine_environment import set_engine_environment
 from rl.engine_thread import Deliver, Request
-from rl.generate import Finish, GenerateRequest, Sample
-from rl.stop_rule import StopRule
+from rl.engine_turn import Turn
+from rl.generate import GenerateRequest, Sample
 from rl.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -32,31 +32,6 @@ engines at the same time would compute with each other's."""
 _MOST_TOKENS_OF_A_STEP = 2048
 _BLOCK_TOKENS = 32
 """Keys and values are cached and shared in pieces of so many tokens."""
-
-
-class _Turn:
-    """A request that runs."""
-
-    def __init__(self, request: GenerateRequest, tokenizer: Tokenizer) -> None:
-        self.rule = None if request.to_the_end else StopRule(tokenizer, request.stop_pattern)
-        self.token_ids: list[int] = []
-        self.logprobs: list[float] = []
-        self.versions: list[int] = []
-
-    def take(self, token: int, logprob: float, version: int) -> bool:
-        """One more token; True when the stop rule ends the turn with it."""
-        self.token_ids.append(token)
-        self.logprobs.append(logprob)
-        self.versions.append(version)
-        return self.rule is not None and self.rule.over(token)
-
-    def sample(self, finish: Finish) -> Sample:
-        return Sample(
-            token_ids=tuple(self.token_ids),
-            logprobs=tuple(self.logprobs),
-            versions=tuple(self.versions),
-            finish=finish,
-        )
 
 
 class VllmDriver:
@@ -80,7 +55,7 @@ class VllmDriver:
         self._config = config
         self._tokenizer = tokenizer
         self._deliver = deliver
-        self._turns: dict[str, _Turn | None] = {}
+        self._turns: dict[str, Turn | None] = {}
         """By the engine's name of the request; None for one to be scored."""
         on_cpu: dict[str, Any] = {
             "kv_cache_memory_bytes": int(config.cache_gb * 2**30),
@@ -149,7 +124,7 @@ class VllmDriver:
         # to its checkpoint gives the same numbers to other weights.
         prompt = tokens_input(list(request.token_ids), cache_salt=str(self._num_swaps))
         self._engine.add_request(name, prompt, params)
-        self._turns[name] = _Turn(request, self._tokenizer) if isinstance(request, GenerateRequest) else None
+        self._turns[name] = Turn(request, self._tokenizer) if isinstance(request, GenerateRequest) else None
 
     def drop(self, key: int) -> Sample | None:
         """Take a request out."""

@@ -18,11 +18,10 @@ import traceback
 from typing import Any
 
 from rl.config import RunConfig
+from rl.hosted import opened
 from rl.hosting import Host, Kind, host_environment
 from rl.stack import PartLost
 
-_OPEN_TIMEOUT_S = 900.0
-"""For a process with all its imports, and a model that has to be downloaded."""
 _CLOSE_TIMEOUT_S = 15.0
 _END_TIMEOUT_S = 5.0
 _LENGTH_BYTES, _BUFFER_BYTES = 8, 1 << 24
@@ -63,13 +62,7 @@ class HostProcess:
 
     async def begin(self, method: str, *arguments: Any) -> Any:
         """A call that belongs to the opening, and so has a limit. Raises `PartLost`."""
-        try:
-            async with asyncio.timeout(_OPEN_TIMEOUT_S) as limit:
-                return await self.ask(method, *arguments)
-        except TimeoutError:
-            if not limit.expired():
-                raise
-            raise PartLost(f"{self._name} has not done `{method}` within {_OPEN_TIMEOUT_S:g} s") from None
+        return await opened(self.ask(method, *arguments), self._name, method)
 
     async def call(self, method: str, *arguments: Any) -> Any:
         """What the part's method returns or raises. Raises `PartLost` when the process is gone."""

@@ -5,11 +5,25 @@
 Each stack brings its own way to reach a process; everything else is the same.
 """
 
+import asyncio
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from rl.stack import GroupRequest, Loaded, Published
+from rl.stack import GroupRequest, Loaded, PartLost, Published
 from rl.types import Batch, Group, TrainMetrics
+
+OPEN_TIMEOUT_S = 900.0
+"""For a process with all its imports, a model that has to be downloaded, and an engine."""
+
+
+async def opened(answer: Awaitable[Any], name: str, method: str) -> Any:
+    """The answer to a call that belongs to the opening of the host `name`, and so has a limit. Raises `PartLost`."""
+    try:
+        async with asyncio.timeout(OPEN_TIMEOUT_S):
+            return await answer
+    except TimeoutError as error:
+        raise PartLost(f"{name} has not done `{method}` within {OPEN_TIMEOUT_S:g} s") from error
 
 
 class PartHost(Protocol):

@@ -12,6 +12,7 @@ import sys
 import tarfile
 import threading
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -698,3 +699,51 @@ class StackEvents(list[dict[str, Any]]):
 @pytest.fixture
 def stack_run(quick_model: str) -> StackRun:
     return StackRun(quick_model)
+
+
+@contextlib.asynccontextmanager
+async def _served_client(address: str, folder: Path, *, local: bool) -> AsyncIterator[Any]:
+    from bridge.activities import Activities
+    from bridge.cache import StepCache
+    from bridge.client import Client
+    from bridge.dispatch import LocalDispatch
+    from bridge.state import State
+    from bridge.temporal import connect_temporal
+    from bridge.worker import make_worker
+
+    state = State(folder / "state").create()
+    temporal = await connect_temporal(address, None, state)
+    dispatch = LocalDispatch()
+    dispatch.start()
+    activities = Activities(lambda call: dispatch, StepCache(state.cache_file), state.secrets_dir)
+    queue = f"queue-{uuid.uuid4().hex}"
+    async with make_worker(temporal, queue, activities, drain_s=0):
+        yield Client(temporal, queue, state, local=local)
+    dispatch.close()
+
+
+@pytest.fixture
+def open_client() -> Callable[..., contextlib.AbstractAsyncContextManager[Any]]:
+    """Opens a client whose runs are served by a worker in this process; its state is in `folder / "state"`."""
+    return _served_client
+
+
+@pytest.fixture(scope="session")
+def sharp_models(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, Any]]:
+    """Two models of one shape, in folders and in memory, far from uniform, so that a wrong weight shows."""
+    import torch
+
+    from rl.models import save_model
+    from rl.tiny import new_tiny
+    from rl.tokenizer import TinyTokenizer
+
+    made = []
+    for seed in (0, 1):
+        model: Any = new_tiny(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(2)
+        folder = str(tmp_path_factory.mktemp("models") / str(seed))
+        save_model(model, TinyTokenizer(), folder)
+        made.append((folder, model.eval()))
+    return made

@@ -42,25 +42,11 @@ class Model(Frozen):
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> list[Model]:
+def models(request: pytest.FixtureRequest) -> list[Model]:
     """Two models of one shape."""
+    # Before torch is imported.
     set_engine_environment(CONFIG)
-    import torch
-
-    from rl.models import save_model
-    from rl.tiny import new_tiny
-
-    made = []
-    for seed in (0, 1):
-        model: Any = new_tiny(seed)
-        with torch.no_grad():
-            # Far from uniform, so that a wrong weight shows.
-            for parameter in model.parameters():
-                parameter.mul_(2)
-        folder = str(tmp_path_factory.mktemp("models") / str(seed))
-        save_model(model, TOKENIZER, folder)
-        made.append(Model(folder=folder, model=model.eval()))
-    return made
+    return [Model(folder=folder, model=model) for folder, model in request.getfixturevalue("sharp_models")]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=["hf", "vllm"])

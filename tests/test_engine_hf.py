@@ -51,29 +51,9 @@ class Engine:
         return answer
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, Any]]:
-    """Two models of one shape, far from uniform, in folders and in memory."""
-    import torch
-
-    from rl.models import save_model
-    from rl.tiny import new_tiny
-
-    made = []
-    for seed in (0, 1):
-        model: Any = new_tiny(seed)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.mul_(2)
-        folder = str(tmp_path_factory.mktemp("models") / str(seed))
-        save_model(model, TOKENIZER, folder)
-        made.append((folder, model.eval()))
-    return made
-
-
 @pytest.fixture
-def engine(models: list[tuple[str, Any]]) -> Engine:
-    return Engine(models[0][0])
+def engine(sharp_models: list[tuple[str, Any]]) -> Engine:
+    return Engine(sharp_models[0][0])
 
 
 def _request(
@@ -96,7 +76,7 @@ def _furthest(model: Any, prompt: tuple[int, ...], sample: Sample, temperature: 
 
 
 def test_a_request_that_comes_while_a_batch_runs_does_not_wait_for_its_end(
-    engine: Engine, models: list[tuple[str, Any]]
+    engine: Engine, sharp_models: list[tuple[str, Any]]
 ) -> None:
     # Longer, shorter, and a single token: each is padded differently beside the rows that run.
     late = {10: PROMPT * 8, 11: PROMPT[:3], 12: PROMPT[:1]}
@@ -109,11 +89,11 @@ def test_a_request_that_comes_while_a_batch_runs_does_not_wait_for_its_end(
     assert list(engine.answers) == [10, 11, 12, 1, 0]
     assert engine.batches[:2] == [2, 5]
     prompts = {0: PROMPT, 1: PROMPT} | late
-    assert all(_furthest(models[0][1], prompt, engine.sample(key)) < 1e-4 for key, prompt in prompts.items())
+    assert all(_furthest(sharp_models[0][1], prompt, engine.sample(key)) < 1e-4 for key, prompt in prompts.items())
 
 
 def test_a_seed_samples_the_same_alone_and_among_rows_that_come_and_go(
-    engine: Engine, models: list[tuple[str, Any]]
+    engine: Engine, sharp_models: list[tuple[str, Any]]
 ) -> None:
     requests = {key: _request(key, max_tokens=6 + 9 * key) for key in range(8)}
 
@@ -129,12 +109,12 @@ def test_a_seed_samples_the_same_alone_and_among_rows_that_come_and_go(
     assert len({engine.sample(key).token_ids[:6] for key in together}) == len(together)
 
 
-def test_each_row_has_its_own_temperature(engine: Engine, models: list[tuple[str, Any]]) -> None:
+def test_each_row_has_its_own_temperature(engine: Engine, sharp_models: list[tuple[str, Any]]) -> None:
     import torch
 
     temperatures = {0: 0.0, 1: 0.5, 2: 1.0, 3: 2.0}
     engine.run({key: _request(7, temperature=temperature) for key, temperature in temperatures.items()})
-    model = models[0][1]
+    model = sharp_models[0][1]
     for key, temperature in temperatures.items():
         assert _furthest(model, PROMPT, engine.sample(key), temperature or 1.0) < 1e-4
     ids = torch.tensor([PROMPT])
@@ -144,13 +124,13 @@ def test_each_row_has_its_own_temperature(engine: Engine, models: list[tuple[str
     assert list(engine.sample(0).token_ids) == expected[0, len(PROMPT) :].tolist()
 
 
-def test_tokens_are_as_frequent_as_the_model_says(engine: Engine, models: list[tuple[str, Any]]) -> None:
+def test_tokens_are_as_frequent_as_the_model_says(engine: Engine, sharp_models: list[tuple[str, Any]]) -> None:
     import torch
 
     count, temperature = 4000, 0.8
     engine.run({seed: _request(seed, max_tokens=1, temperature=temperature) for seed in range(count)})
     with torch.inference_mode():
-        logits = models[0][1](input_ids=torch.tensor([PROMPT])).logits[0, -1]
+        logits = sharp_models[0][1](input_ids=torch.tensor([PROMPT])).logits[0, -1]
     expected = torch.softmax(logits / temperature, -1) * count
     seen = torch.bincount(
         torch.tensor([engine.sample(seed).token_ids[0] for seed in range(count)]), minlength=len(expected)
@@ -164,12 +144,12 @@ def test_tokens_are_as_frequent_as_the_model_says(engine: Engine, models: list[t
     assert chi_square < degrees + 4 * (2 * degrees) ** 0.5
 
 
-def test_rows_that_have_ended_are_not_computed_on(engine: Engine, models: list[tuple[str, Any]]) -> None:
+def test_rows_that_have_ended_are_not_computed_on(engine: Engine, sharp_models: list[tuple[str, Any]]) -> None:
     lengths = dict.fromkeys(range(6), 5) | {6: 50, 7: 90}
     engine.run({key: _request(key, max_tokens=length) for key, length in lengths.items()})
     assert engine.batches == [8, 2, 1]
     assert [len(engine.sample(key).token_ids) for key in lengths] == list(lengths.values())
-    assert max(_furthest(models[0][1], PROMPT, engine.sample(key)) for key in (6, 7)) < 1e-4
+    assert max(_furthest(sharp_models[0][1], PROMPT, engine.sample(key)) for key in (6, 7)) < 1e-4
 
 
 def test_a_model_that_forgets_what_is_far_away_is_computed_anew(tmp_path: Path) -> None:
@@ -207,9 +187,9 @@ def test_what_is_scored_ends_no_batch(engine: Engine) -> None:
 
 @pytest.mark.parametrize("kv_policy", ["keep", "recompute"])
 def test_keys_and_values_outlive_a_new_batch_and_a_change_of_weights_only_as_the_policy_says(
-    kv_policy: str, models: list[tuple[str, Any]]
+    kv_policy: str, sharp_models: list[tuple[str, Any]]
 ) -> None:
-    (folder, old), (_, new) = models
+    (folder, old), (_, new) = sharp_models
     engine = Engine(folder, kv_policy=kv_policy)
 
     def change() -> None:
@@ -241,21 +221,23 @@ def test_a_row_that_is_dropped_does_not_disturb_the_others(engine: Engine) -> No
     assert engine.sample(3).token_ids == together.token_ids
 
 
-def test_the_models_own_settings_of_generation_change_nothing(models: list[tuple[str, Any]], tmp_path: Path) -> None:
+def test_the_models_own_settings_of_generation_change_nothing(
+    sharp_models: list[tuple[str, Any]], tmp_path: Path
+) -> None:
     from transformers import GenerationConfig
 
     from rl.models import save_model
 
-    save_model(models[0][1], TOKENIZER, str(tmp_path))
+    save_model(sharp_models[0][1], TOKENIZER, str(tmp_path))
     GenerationConfig(repetition_penalty=3.0, eos_token_id=list(range(5, 60)), max_length=12).save_pretrained(tmp_path)
     engine = Engine(str(tmp_path))
     engine.run({0: _request()})
     assert len(engine.sample(0).token_ids) == 24
-    assert _furthest(models[0][1], PROMPT, engine.sample(0)) < 1e-4
+    assert _furthest(sharp_models[0][1], PROMPT, engine.sample(0)) < 1e-4
 
 
-def test_weights_that_give_no_numbers_are_said(engine: Engine, models: list[tuple[str, Any]]) -> None:
-    broken = {name: tensor * float("nan") for name, tensor in models[1][1].state_dict().items()}
+def test_weights_that_give_no_numbers_are_said(engine: Engine, sharp_models: list[tuple[str, Any]]) -> None:
+    broken = {name: tensor * float("nan") for name, tensor in sharp_models[1][1].state_dict().items()}
     engine.driver.swap(broken, 3)
     with pytest.raises(RuntimeError, match="the model's logits are not numbers, with weights of version 3"):
         engine.run({0: _request()})

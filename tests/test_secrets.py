@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,12 @@ import pytest
 from temporalio.service import RPCError
 
 from bridge import services
-from bridge.activities import Activities
-from bridge.cache import StepCache
 from bridge.client import Client, ClientError, RunConflict, SecretsNeeded
-from bridge.dispatch import LocalDispatch
 from bridge.housekeeping import keep_house
 from bridge.plan import Plan, Step
 from bridge.report import RunReport
 from bridge.run_secrets import UNTOUCHED_S
 from bridge.state import State
-from bridge.temporal import connect_temporal
-from bridge.worker import make_worker
 from steps._secrets import run_secrets_dir
 
 pytestmark = pytest.mark.temporal
@@ -135,19 +130,14 @@ def run_folders(state: State) -> list[Path]:
 
 
 @pytest.fixture
-async def client(temporal_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Client]:
+async def client(
+    open_client: Callable[..., Any], temporal_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Client]:
     """As the gateway has it, with the worker in this process."""
-    state = State(tmp_path / "state").create()
-    monkeypatch.setenv("ORCHESTRATE_SECRETS_DIR", str(state.secrets_dir))
+    monkeypatch.setenv("ORCHESTRATE_SECRETS_DIR", str(State(tmp_path / "state").secrets_dir))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    temporal = await connect_temporal(temporal_server, None, state)
-    dispatch = LocalDispatch()
-    dispatch.start()
-    activities = Activities(lambda call: dispatch, StepCache(state.cache_file), state.secrets_dir)
-    queue = f"queue-{uuid.uuid4().hex}"
-    async with make_worker(temporal, queue, activities, drain_s=0):
-        yield Client(temporal, queue, state, local=True)
-    dispatch.close()
+    async with open_client(temporal_server, tmp_path, local=True) as client:
+        yield client
 
 
 def shell(step_id: str, script: str, **fields: Any) -> Step:

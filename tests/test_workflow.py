@@ -1,7 +1,6 @@
 """Plans run for real: Temporal server, worker in this process, forked steps."""
 
 import asyncio
-import contextlib
 import hashlib
 import json
 import os
@@ -23,31 +22,14 @@ from bridge.plan import Param, Plan, Step
 from bridge.reader import read_plan_text
 from bridge.records import events_of, run_dir
 from bridge.report import RunReport, StepReport
-from bridge.state import State
-from bridge.temporal import connect_temporal
-from bridge.worker import make_worker
 from bridge.workflow import PlanWorkflow, _failure
 from steps._files import HOST
 
 pytestmark = pytest.mark.temporal
 
 
-@contextlib.asynccontextmanager
-async def open_client(address: str, folder: Path, *, local: bool) -> AsyncIterator[Client]:
-    """A client whose runs are served by a worker in this process."""
-    state = State(folder / "state").create()
-    temporal = await connect_temporal(address, None, state)
-    dispatch = LocalDispatch()
-    dispatch.start()
-    activities = Activities(lambda call: dispatch, StepCache(state.cache_file), state.secrets_dir)
-    queue = f"queue-{uuid.uuid4().hex}"
-    async with make_worker(temporal, queue, activities, drain_s=0):
-        yield Client(temporal, queue, state, local=local)
-    dispatch.close()
-
-
 @pytest.fixture
-async def client(temporal_server: str, tmp_path: Path) -> AsyncIterator[Client]:
+async def client(open_client: Callable[..., Any], temporal_server: str, tmp_path: Path) -> AsyncIterator[Client]:
     async with open_client(temporal_server, tmp_path, local=True) as client:
         yield client
 
@@ -382,7 +364,7 @@ async def test_outputs_over_temporals_limit_travel(client: Client, tmp_path: Pat
 
 @pytest.mark.parametrize("local", [True, False], ids=["local", "remote"])
 async def test_a_log_directory_that_cannot_be_used_fails_the_steps(
-    temporal_server: str, tmp_path: Path, local: bool
+    open_client: Callable[..., Any], temporal_server: str, tmp_path: Path, local: bool
 ) -> None:
     (tmp_path / "logs").write_text("a file")
     plan = Plan(steps=[shell("a", "touch ran"), shell("b", "touch ran", cache=True)])
@@ -463,7 +445,7 @@ async def test_a_value_that_is_missing_at_run_time_fails_the_step_that_needs_it(
 
 @pytest.mark.parametrize("local", [True, False], ids=["local", "remote"])
 async def test_a_long_run_goes_on_in_new_executions_and_keeps_its_running_steps(
-    make_temporal_server: Callable[..., str], tmp_path: Path, local: bool
+    open_client: Callable[..., Any], make_temporal_server: Callable[..., str], tmp_path: Path, local: bool
 ) -> None:
     # Steps that begin as local activities leave a sixth of the events, and those only every second.
     most_events, pause_s = (15, 0.3) if local else (60, 0)
@@ -524,7 +506,9 @@ async def test_what_stops_a_run_that_is_about_to_leave_for_a_new_execution_is_no
 
 
 @pytest.mark.parametrize("local", [True, False], ids=["local", "remote"])
-async def test_more_steps_than_temporal_allows_at_once(temporal_server: str, tmp_path: Path, local: bool) -> None:
+async def test_more_steps_than_temporal_allows_at_once(
+    open_client: Callable[..., Any], temporal_server: str, tmp_path: Path, local: bool
+) -> None:
     plan = Plan(
         name="wide",
         steps=[

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from rl.config import RunConfig
 from rl.gather import gather
-from rl.hosted import HostedGenerator, HostedTrainer
+from rl.hosted import OPEN_TIMEOUT_S, HostedGenerator, HostedTrainer
 from rl.hosting import Host, Kind, host_environment, model_folder, weight_store
 from rl.services import Replica, ReplicaLost, Service, ServiceSettings
 from rl.stack import PartLost
@@ -26,8 +26,6 @@ from rl.stacks.composed import ComposedStack
 if TYPE_CHECKING:
     from rl.weights import WeightStoreHandle
 
-_OPEN_TIMEOUT_S = 900.0
-"""For a process with all its imports, a model that has to be downloaded, and an engine."""
 _CLOSE_TIMEOUT_S = 15.0
 _OPENING_S = 10.0
 """A generator whose process is ready is open by then."""
@@ -171,7 +169,7 @@ async def _service(config: RunConfig, kind: Kind, settings: ServiceSettings) -> 
     from rl.services_monarch import open_service
 
     there = settings.model_copy(
-        update={"environment": host_environment(config, kind), "ready_timeout_s": _OPEN_TIMEOUT_S}
+        update={"environment": host_environment(config, kind), "ready_timeout_s": OPEN_TIMEOUT_S}
     )
     async with open_service(f"rl_{kind}_{uuid.uuid4().hex[:8]}", partial(Part, config, kind), there) as service:
         yield service
@@ -184,9 +182,9 @@ async def _opened(
     for attempt in range(_MOST_OPENINGS):
         if lost is not None:
             await service.replace(lost)
-        replica = await service.replica_at(index, _OPEN_TIMEOUT_S)
+        replica = await service.replica_at(index, OPEN_TIMEOUT_S)
         try:
-            async with asyncio.timeout(_OPEN_TIMEOUT_S):
+            async with asyncio.timeout(OPEN_TIMEOUT_S):
                 if devices:
                     await _ask(replica, "take_gpus", devices)
                 await _ask(replica, *opening)
@@ -195,7 +193,7 @@ async def _opened(
                 raise
             lost = replica
         except TimeoutError:
-            raise PartLost(f"`{replica.name}` has not done `{opening[0]}` within {_OPEN_TIMEOUT_S:g} s") from None
+            raise PartLost(f"`{replica.name}` has not done `{opening[0]}` within {OPEN_TIMEOUT_S:g} s") from None
         else:
             return replica
     raise AssertionError("the loop ends by return or raise")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from rl.config import RunConfig
 from rl.gather import gather
-from rl.hosted import HostedGenerator, HostedTrainer
+from rl.hosted import HostedGenerator, HostedTrainer, opened
 from rl.hosting import Host, Kind, host_environment, model_folder, weight_store
 from rl.ray_cluster import connected, is_one_host
 from rl.stack import PartLost
@@ -26,8 +26,6 @@ from rl.stack import PartLost
 if TYPE_CHECKING:
     from rl.weights import WeightStoreHandle
 
-_OPEN_TIMEOUT_S = 900.0
-"""For a process with all its imports, a model that has to be downloaded, and an engine."""
 _CLOSE_TIMEOUT_S = 15.0
 _MOST_CALLS = 1000
 """Calls that run in one actor at a time; the loop has far fewer."""
@@ -62,11 +60,7 @@ class HostActor:
 
     async def begin(self, method: str, *arguments: Any) -> Any:
         """A call that belongs to the opening, and so has a limit. Raises `PartLost`."""
-        try:
-            async with asyncio.timeout(_OPEN_TIMEOUT_S):
-                return await self.ask(method, *arguments)
-        except TimeoutError:
-            raise PartLost(f"`{self.name}` has not done `{method}` within {_OPEN_TIMEOUT_S:g} s") from None
+        return await opened(self.ask(method, *arguments), f"`{self.name}`", method)
 
     async def call(self, method: str, *arguments: Any) -> Any:
         """What the part's method returns or raises. Raises `PartLost` when the process is gone."""
